@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from lamb_tf.exclusions import variable_name
-from lamb_tf.layerwise import LayerwiseMethods
+from lamb_tf.layerwise import LayerwiseMethods, tensor_variable
 from lamb_tf.settings import LayerwiseSettings, check_learning_rate, shortest
 
 
@@ -51,8 +51,8 @@ class Layerwise(LayerwiseMethods, keras.optimizers.Optimizer):
         self._build_layers(variables, self._add_slot)
 
     def _add_slot(self, variable: Any, name: str, dtype: tf.DType) -> keras.Variable:
-        tensor = variable.value if isinstance(variable, keras.Variable) else variable
-        with self._distribution_strategy.extended.colocate_vars_with(tensor):
+        strategy = self._distribution_strategy
+        with strategy.extended.colocate_vars_with(tensor_variable(variable)):
             return self.add_variable(
                 shape=variable.shape,
                 dtype=dtype.name,

@@ -114,7 +114,7 @@ class LayerwiseMethods:
                     adapted=treatment.adapted,
                     residual="residual" in dtypes,
                     record=self._record,
-                    on_cpu="CPU" in (_tensor(variable).device or "").upper(),
+                    on_cpu="CPU" in (tensor_variable(variable).device or "").upper(),
                 )
             )
         for name, kept in slots.items():
@@ -129,13 +129,20 @@ class LayerwiseMethods:
         )
 
     def _add_statistics(self, variable: Any) -> tf.Variable:
-        with tf.distribute.get_strategy().extended.colocate_vars_with(_tensor(variable)):
+        with tf.distribute.get_strategy().extended.colocate_vars_with(tensor_variable(variable)):
             return tf.Variable(tf.zeros([3]), trainable=False, name="layer_statistics")
 
     def _stored(self, index: int, variable: Any) -> list[Any]:
         """Returns the variable and what is kept beside it."""
         names = [*self._slot_names, *(["residual"] if self._layers.plans[index].residual else [])]
-        return [_tensor(variable), *(_tensor(getattr(self, f"_{n}s")[index]) for n in names)]
+        return [
+            tensor_variable(variable),
+            *(tensor_variable(getattr(self, f"_{n}s")[index]) for n in names),
+        ]
+
+    def _next_step(self) -> tf.Tensor:
+        """Returns t of the coming update, an int32 scalar that counts from 1."""
+        return tf.cast(tf.convert_to_tensor(self.iterations), tf.int32) + 1
 
     def _update(self, index: int, variable: Any, gradient: Any, learning_rate: Any) -> None:
         """Updates one variable, in the update context of any strategy."""
@@ -144,7 +151,7 @@ class LayerwiseMethods:
         args = (
             [tf.convert_to_tensor(value) for value in stored],
             tf.convert_to_tensor(gradient),  # adds up the rows of repeated ids
-            tf.cast(tf.convert_to_tensor(self.iterations), tf.int32) + 1,
+            self._next_step(),
             tf.convert_to_tensor(learning_rate),
             tf.constant(index),
         )
@@ -168,7 +175,7 @@ class LayerwiseMethods:
             (layers.plans[i], signature_of(s), g.dtype)
             for i, s, g in zip(indices, stored, gradients, strict=True)
         ]
-        step = tf.cast(tf.convert_to_tensor(self.iterations), tf.int32) + 1
+        step = self._next_step()
         rate = tf.convert_to_tensor(rate)
         for group in programs(keys, [v.shape.num_elements() for v, *_ in stored]):
             places = [indices[j] for j in group]
@@ -189,7 +196,7 @@ class LayerwiseMethods:
         return (
             not tf.distribute.has_strategy()
             and compiles_itself(self._jit)
-            and all(hasattr(_tensor(v), "handle") for v in variables)
+            and all(hasattr(tensor_variable(v), "handle") for v in variables)
         )
 
 
@@ -203,7 +210,7 @@ def _unique(names: Sequence[str]) -> list[str]:
     return result
 
 
-def _tensor(variable: Any) -> tf.Variable:
+def tensor_variable(variable: Any) -> tf.Variable:
     """Returns the `tf.Variable` in a `keras.Variable` or an `AutoCastVariable`."""
     for attribute in ("_value", "_variable"):
         inner = getattr(variable, attribute, None)

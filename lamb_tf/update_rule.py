@@ -128,6 +128,17 @@ def trust_ratio(param_norm: tf.Tensor, update_norm: tf.Tensor, cap: float | None
     return ratio if cap is None else tf.minimum(ratio, cap)
 
 
+def measure(
+    param_norm: tf.Tensor, update_norm: tf.Tensor, settings: LayerwiseSettings, *, adapted: bool
+) -> LayerStatistics:
+    """Returns both norms and the trust ratio phi(|x|) / |u|, 1 for a layer that is not adapted."""
+    s, ratio = settings, tf.ones([], param_norm.dtype)
+    if adapted:
+        bounded = phi(param_norm, s.min_param_norm, s.max_param_norm)
+        ratio = trust_ratio(bounded, update_norm, s.max_trust_ratio)
+    return LayerStatistics(param_norm, update_norm, ratio)
+
+
 def layer_step(
     x: tf.Tensor,
     u: tf.Tensor,
@@ -138,13 +149,9 @@ def layer_step(
     squares: Callable = sum_of_squares,
 ) -> tuple[tf.Tensor, LayerStatistics]:
     """Returns x - eta * phi(|x|) / |u| * u, and the norms that it took."""
-    s = settings
-    param_norm, update_norm = norm(x, s.norm, squares), norm(u, s.norm, squares)
-    ratio = tf.ones([], x.dtype)
-    if adapted:
-        bounded = phi(param_norm, s.min_param_norm, s.max_param_norm)
-        ratio = trust_ratio(bounded, update_norm, s.max_trust_ratio)
-    return x - learning_rate * ratio * u, LayerStatistics(param_norm, update_norm, ratio)
+    kind = settings.norm
+    statistics = measure(norm(x, kind, squares), norm(u, kind, squares), settings, adapted=adapted)
+    return x - learning_rate * statistics.trust_ratio * u, statistics
 
 
 def lamb_update(
@@ -237,11 +244,8 @@ def lars_update(
         return LarsState(x, m), statistics
     param_norm = norm(x, s.norm, squares)
     update_norm = norm(g, s.norm, squares) + decay * param_norm
-    ratio = tf.ones([], x.dtype)
-    if adapted:
-        bounded = phi(param_norm, s.min_param_norm, s.max_param_norm)
-        ratio = trust_ratio(bounded, update_norm, s.max_trust_ratio)
-    d = eta * ratio * d
+    statistics = measure(param_norm, update_norm, s, adapted=adapted)
+    d = eta * statistics.trust_ratio * d
     m = s.momentum * m + d
     u = s.momentum * m + d if s.nesterov else m
-    return LarsState(x - u, m), LayerStatistics(param_norm, update_norm, ratio)
+    return LarsState(x - u, m), statistics
