@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from pretraining import console, records, vocabulary
+from pretraining import console, files, records, vocabulary
 from pretraining.config import Config
 from pretraining.errors import InputError
 from pretraining.model import BertConfig
@@ -68,23 +68,23 @@ def given_files(config: Config) -> DataFiles:
     train = config.input_files if config.mode != "eval" else ""
     held_out = config.eval_files if config.mode != "train" else ""
     return DataFiles(
-        records.find_files(train, "--input_files") if train else [],
-        records.find_files(held_out, "--eval_files") if held_out else [],
+        files.find_files(train, "--input_files") if train else [],
+        files.find_files(held_out, "--eval_files") if held_out else [],
         config.vocab_file,
     )
 
 
-def read_data(files: DataFiles, config: Config, bert: BertConfig, directory: RunDirectory) -> Data:
+def read_data(found: DataFiles, config: Config, bert: BertConfig, directory: RunDirectory) -> Data:
     """Reads the vocabulary and checks every record, or finds that they were checked before.
 
     Raises:
       InputError: names the flag, the file and the record that does not fit.
     """
-    words = vocabulary.read_vocabulary(files.vocab_file)
+    words = vocabulary.read_vocabulary(found.vocab_file)
     if bert.vocab_size and bert.vocab_size < len(words):
         raise InputError(
             f"--bert_config_file={config.bert_config_file}: expected a vocab_size of at least the "
-            f"{len(words)} tokens of --vocab_file={files.vocab_file}. Received: {bert.vocab_size}"
+            f"{len(words)} tokens of --vocab_file={found.vocab_file}. Received: {bert.vocab_size}"
         )
     record_format = RecordFormat(
         max_seq_length=config.max_seq_length,
@@ -94,7 +94,7 @@ def read_data(files: DataFiles, config: Config, bert: BertConfig, directory: Run
     )
     checked, fresh = {}, []
     for name in ("input_files", "eval_files"):
-        paths = getattr(files, name)
+        paths = getattr(found, name)
         if not paths:
             continue
         checked[name] = records.read_cache(_cache(directory, name), paths, record_format)

@@ -1,7 +1,6 @@
 """Sets of TFRecord files: found by their patterns, described, and remembered once checked."""
 
 import dataclasses
-import fnmatch
 import json
 import zlib
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from pretraining.errors import InputError
 from pretraining.record_format import RecordFormat
 
 
@@ -70,44 +68,6 @@ class RecordSet:
         for token, count in values["label_counts"].items():
             counts[int(token)] = count
         return cls(tuple(Shard(**s) for s in values["shards"]), values["keys"], counts)
-
-
-def find_files(patterns: str, flag: str) -> list[str]:
-    """Lists the files that a flag names.
-
-    Args:
-      patterns: comma-separated files, globs or folders; a folder stands for its *.tfrecord* files.
-      flag: named in the error messages.
-
-    Raises:
-      InputError: a pattern matches nothing.
-    """
-    found: set[str] = set()
-    # A file whose name holds a comma, a bracket or a star is found by that name.
-    literal = _is_file(patterns)
-    for pattern in [patterns] if literal else filter(None, map(str.strip, patterns.split(","))):
-        try:
-            folder = tf.io.gfile.isdir(pattern)
-            if _is_file(pattern):
-                files = [pattern]
-            elif folder:
-                names = fnmatch.filter(tf.io.gfile.listdir(pattern), "*.tfrecord*")
-                files = [f"{pattern.rstrip('/')}/{name}" for name in names]
-            else:
-                files = [path for path in tf.io.gfile.glob(pattern) if _is_file(path)]
-        except tf.errors.OpError as error:
-            raise InputError(f"{flag}={pattern}: cannot be listed ({error.message})") from None
-        if not files:
-            what = "*.tfrecord files in this folder" if folder else "a file, glob or folder"
-            raise InputError(f"{flag}={pattern}: expected {what}. Received: no file matches")
-        found.update(files)
-    if not found:
-        raise InputError(f"{flag}={patterns}: expected files, globs or folders")
-    return sorted(found)
-
-
-def _is_file(path: str) -> bool:
-    return tf.io.gfile.exists(path) and not tf.io.gfile.isdir(path)
 
 
 def size_and_time(path: str) -> tuple[int, int]:

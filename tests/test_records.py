@@ -5,7 +5,7 @@ import shutil
 import pytest
 import tensorflow as tf
 
-from pretraining import record_checks, records
+from pretraining import files, record_checks, records
 from pretraining.errors import InputError
 from pretraining.record_format import RecordFormat
 from tests.conftest import LENGTH, PREDICTIONS
@@ -34,9 +34,9 @@ def check(*paths, record_format=FORMAT):
 
 
 def test_counts_labels_and_contents(small_records):
-    files = records.find_files(f"{small_records.folder}/train-*.tfrecord", "--input_files")
-    found = check(*files)
-    read = [tf.train.Example.FromString(r.numpy()) for r in tf.data.TFRecordDataset(files)]
+    paths = files.find_files(f"{small_records.folder}/train-*.tfrecord", "--input_files")
+    found = check(*paths)
+    read = [tf.train.Example.FromString(r.numpy()) for r in tf.data.TFRecordDataset(paths)]
     assert found.num_records == len(read)
     labels = [
         label
@@ -82,14 +82,14 @@ def test_the_cache_is_used_until_a_file_changes(small_records, tmp_path):
 
 def test_files_are_found_by_name_glob_and_folder(small_records):
     folder = str(small_records.folder)
-    everything = records.find_files(folder, "--input_files")
+    everything = files.find_files(folder, "--input_files")
     assert len(everything) == 4
-    assert records.find_files(f"{folder}/train-0.tfrecord,{folder}/e*", "--input_files") == [
+    assert files.find_files(f"{folder}/train-0.tfrecord,{folder}/e*", "--input_files") == [
         f"{folder}/eval.tfrecord",
         f"{folder}/train-0.tfrecord",
     ]
     with pytest.raises(InputError, match=r"--input_files=/nowhere/x\*: .* no file matches"):
-        records.find_files(f"{folder}/eval.tfrecord,/nowhere/x*", "--input_files")
+        files.find_files(f"{folder}/eval.tfrecord,/nowhere/x*", "--input_files")
 
 
 def set_value(key, index, value):
