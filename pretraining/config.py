@@ -1,14 +1,13 @@
 """What a run is: every flag as a field of a frozen dataclass, checked once.
 
-This module and `flags` are all that runs before TensorFlow is imported, so that a mistyped flag
-is answered at once.
+This module runs before TensorFlow is imported, so that a mistyped flag is answered at once.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 from pretraining.errors import InputError
+from pretraining.flags import check_limits, flag
 
 OPTIMIZERS = ("lamb", "lars", "adamw", "adam", "momentum", "adagrad")
 MODEL_NAMES = ("tiny", "mini", "small", "medium", "base", "large")
@@ -16,90 +15,77 @@ PRECISIONS = ("float32", "bfloat16")
 MODES = ("train_and_eval", "train", "eval")
 
 
-def _flag(default: Any, text: str, *, identity: bool = False, **limits: Any) -> Any:
-    """A field that is a flag.
-
-    Args:
-      default: its default value; its type is the flag's type.
-      text: what `--help` says.
-      identity: whether another value makes another run of it (refused at a restart).
-      **limits: `choices`, `at_least`, `above` or `below`.
-    """
-    metadata = {"help": text, "identity": identity, "limits": limits}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """The flags of `python -m pretraining.run`, in the order in which `--help` lists them."""
 
     # Where it runs.
-    tpu: str = _flag(
+    tpu: str = flag(
         "", '"" for GPUs if any, else the CPU; "local"; a TPU name; or grpc://host:8470'
     )
-    tpu_zone: str = _flag("", "zone of a TPU given by name")
-    gcp_project: str = _flag("", "Google Cloud project of a TPU given by name")
-    virtual_devices: int = _flag(0, "number of logical CPU replicas, 0 for none", at_least=0)
+    tpu_zone: str = flag("", "zone of a TPU given by name")
+    gcp_project: str = flag("", "Google Cloud project of a TPU given by name")
+    virtual_devices: int = flag(0, "number of logical CPU replicas, 0 for none", at_least=0)
 
     # What it reads and writes.
-    input_files: str = _flag(
+    input_files: str = flag(
         "",
         "training records: comma-separated files, globs or folders, local or gs://. "
         "Empty: the program makes records from prose that it finds in this Python installation",
     )
-    eval_files: str = _flag("", "held-out records, likewise")
-    vocab_file: str = _flag("", "WordPiece vocabulary of the records, a token a line")
-    output_dir: str = _flag("./lamb_tf_run", "folder of this run, local or gs://")
-    max_seq_length: int = _flag(
+    eval_files: str = flag("", "held-out records, likewise")
+    vocab_file: str = flag("", "WordPiece vocabulary of the records, a token a line")
+    output_dir: str = flag("./lamb_tf_run", "folder of this run, local or gs://")
+    max_seq_length: int = flag(
         128, "tokens in an example, as in the records", identity=True, at_least=8
     )
-    max_predictions_per_seq: int = _flag(
+    max_predictions_per_seq: int = flag(
         20, "masked tokens in an example at most, as in the records", identity=True, at_least=1
     )
 
     # The model.
-    model: str = _flag("tiny", "size of the BERT", choices=MODEL_NAMES)
-    bert_config_file: str = _flag("", "a bert_config.json, instead of --model")
+    model: str = flag("tiny", "size of the BERT", choices=MODEL_NAMES)
+    bert_config_file: str = flag("", "a bert_config.json, instead of --model")
 
     # The optimizer and its schedule.
-    optimizer: str = _flag("lamb", "the optimizer", identity=True, choices=OPTIMIZERS)
-    learning_rate: float = _flag(0.01, "peak learning rate", identity=True, above=0.0)
-    warmup_steps: int = _flag(
+    optimizer: str = flag("lamb", "the optimizer", identity=True, choices=OPTIMIZERS)
+    learning_rate: float = flag(0.01, "peak learning rate", identity=True, above=0.0)
+    warmup_steps: int = flag(
         100, "updates of linear warm-up from zero to the peak", identity=True, at_least=0
     )
-    num_train_steps: int = _flag(800, "updates in all", identity=True, at_least=1)
-    poly_power: float = _flag(1.0, "power of the polynomial decay", identity=True, at_least=0.0)
-    end_learning_rate: float = _flag(
+    num_train_steps: int = flag(800, "updates in all", identity=True, at_least=1)
+    poly_power: float = flag(1.0, "power of the polynomial decay", identity=True, at_least=0.0)
+    end_learning_rate: float = flag(
         0.0, "learning rate at the end of the decay", identity=True, at_least=0.0
     )
-    weight_decay: float = _flag(
+    weight_decay: float = flag(
         0.01,
         "decay of all weights but biases and layer norms; adam has none",
         identity=True,
         at_least=0.0,
     )
-    beta_1: float = _flag(
+    beta_1: float = flag(
         0.9, "decay rate of the first moment; the momentum", identity=True, at_least=0.0, below=1.0
     )
-    beta_2: float = _flag(
+    beta_2: float = flag(
         0.999, "decay rate of the second moment", identity=True, at_least=0.0, below=1.0
     )
-    epsilon: float = _flag(1e-6, "added to the root of the second moment", identity=True, above=0.0)
-    clip_global_norm: float = _flag(
+    epsilon: float = flag(1e-6, "added to the root of the second moment", identity=True, above=0.0)
+    clip_global_norm: float = flag(
         1.0, "clip the gradient to this norm, 0 for never", identity=True, at_least=0.0
     )
 
     # Batches.
-    train_batch_size: int = _flag(
+    train_batch_size: int = flag(
         32, "global batch of an update; 0 for 32 a replica", identity=True, at_least=0
     )
-    eval_batch_size: int = _flag(
+    eval_batch_size: int = flag(
         0, "global batch of the evaluation; 0 for that of training", at_least=0
     )
-    accumulation_steps: int = _flag(
+    accumulation_steps: int = flag(
         0, "micro-batches of an update on each replica; 0 for one", at_least=0
     )
-    precision: str = _flag(
+    precision: str = flag(
         "float32",
         "dtype of activations; weights are float32 always",
         identity=True,
@@ -107,19 +93,18 @@ class Config:
     )
 
     # How it goes on.
-    mode: str = _flag("train_and_eval", "what to do", choices=MODES)
-    seed: int = _flag(1, "source of every random choice", identity=True, at_least=0, below=2**32)
-    steps_per_loop: int = _flag(20, "updates in one call to the device", at_least=1)
-    save_every_steps: int = _flag(200, "checkpoint interval, 0 for only at the end", at_least=0)
-    keep_checkpoints: int = _flag(3, "how many of the newest checkpoints stay", at_least=1)
-    eval_every_steps: int = _flag(400, "evaluation interval, 0 for only at the end", at_least=0)
-    eval_steps: int = _flag(0, "batches of an evaluation, 0 for all", at_least=0)
-    eval_checkpoint: str = _flag("", "checkpoint for --mode=eval, the newest one by default")
-    dry_run: bool = _flag(False, "print the plan of the run and do nothing")
+    mode: str = flag("train_and_eval", "what to do", choices=MODES)
+    seed: int = flag(1, "source of every random choice", identity=True, at_least=0, below=2**32)
+    steps_per_loop: int = flag(20, "updates in one call to the device", at_least=1)
+    save_every_steps: int = flag(200, "checkpoint interval, 0 for only at the end", at_least=0)
+    keep_checkpoints: int = flag(3, "how many of the newest checkpoints stay", at_least=1)
+    eval_every_steps: int = flag(400, "evaluation interval, 0 for only at the end", at_least=0)
+    eval_steps: int = flag(0, "batches of an evaluation, 0 for all", at_least=0)
+    eval_checkpoint: str = flag("", "checkpoint for --mode=eval, the newest one by default")
+    dry_run: bool = flag(False, "print the plan of the run and do nothing")
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check_limits(field.name, getattr(self, field.name), **field.metadata["limits"])
+        check_limits(self)
         if self.warmup_steps >= self.num_train_steps:
             raise InputError(
                 f"--warmup_steps={self.warmup_steps}: expected less than --num_train_steps. "
@@ -169,23 +154,3 @@ class Config:
         """The flags that make this run another run when they change, by name."""
         fields = dataclasses.fields(self)
         return {f.name: getattr(self, f.name) for f in fields if f.metadata["identity"]}
-
-
-def _check_limits(
-    name: str,
-    value: Any,
-    choices: tuple | None = None,
-    at_least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"--{name}={value}: expected a finite number")
-    if choices is not None and value not in choices:
-        raise InputError(f"--{name}={value}: expected one of {', '.join(choices)}")
-    if at_least is not None and value < at_least:
-        raise InputError(f"--{name}={value}: expected at least {at_least}")
-    if above is not None and value <= above:
-        raise InputError(f"--{name}={value}: expected more than {above}")
-    if below is not None and value >= below:
-        raise InputError(f"--{name}={value}: expected less than {below}")

@@ -1,14 +1,19 @@
-"""The command line, read here and nowhere else, and turned at once into a `Config`."""
+"""Command lines: a program's flags are the fields of one frozen dataclass, checked once.
+
+This module runs before TensorFlow is imported, so that a mistyped flag is answered at once.
+"""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from absl import flags
 
-from pretraining.config import Config
 from pretraining.errors import InputError
 
+Settings = TypeVar("Settings")
 _DEFINE = {
     str: flags.DEFINE_string,
     int: flags.DEFINE_integer,
@@ -17,21 +22,69 @@ _DEFINE = {
 }
 
 
-def parse(argv: Sequence[str]) -> Config:
-    """Reads the flags of `python -m pretraining.run`.
+def flag(default: Any, text: str, *, identity: bool = False, **limits: Any) -> Any:
+    """A field that is a flag.
+
+    Args:
+      default: its default value; its type is the flag's type.
+      text: what `--help` says.
+      identity: whether another value makes another run of it (refused at a restart).
+      **limits: `choices`, `at_least`, `above`, `below` or `at_most`.
+    """
+    metadata = {"help": text, "identity": identity, "limits": limits}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_limits(settings: Any) -> None:
+    """Checks every field of a dataclass of flags against its limits.
+
+    Raises:
+      InputError: names the first flag that is out of its range.
+    """
+    for field in dataclasses.fields(settings):
+        _check_limits(field.name, getattr(settings, field.name), **field.metadata["limits"])
+
+
+def _check_limits(
+    name: str,
+    value: Any,
+    choices: tuple | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"--{name}={value}: expected a finite number")
+    if choices is not None and value not in choices:
+        raise InputError(f"--{name}={value}: expected one of {', '.join(choices)}")
+    if at_least is not None and value < at_least:
+        raise InputError(f"--{name}={value}: expected at least {at_least}")
+    if above is not None and value <= above:
+        raise InputError(f"--{name}={value}: expected more than {above}")
+    if below is not None and value >= below:
+        raise InputError(f"--{name}={value}: expected less than {below}")
+    if at_most is not None and value > at_most:
+        raise InputError(f"--{name}={value}: expected at most {at_most}")
+
+
+def parse(argv: Sequence[str], program: str, settings: type[Settings]) -> Settings:
+    """Reads the flags of a program.
 
     Args:
       argv: the program's name and its arguments.
+      program: what stands behind `python -m`.
+      settings: the dataclass of its flags.
 
     Returns:
-      A valid configuration. `--help` prints every flag and exits.
+      Valid settings. `--help` prints every flag and exits.
 
     Raises:
       InputError: an unknown flag, a value of the wrong type or out of its range, a stray argument.
     """
     # A set of our own: modules of tf-models define global flags under the same names.
     values = flags.FlagValues()
-    for field in dataclasses.fields(Config):
+    for field in dataclasses.fields(settings):
         define = _DEFINE[type(field.default)]
         limits = field.metadata["limits"]
         text = field.metadata["help"]
@@ -39,7 +92,7 @@ def parse(argv: Sequence[str]) -> Config:
             text += f" ({', '.join(limits['choices'])})"
         define(field.name, field.default, text, flag_values=values, module_name="flags")
     if {"--help", "-h", "--helpfull", "-help"}.intersection(argv[1:]):
-        print(f"python -m pretraining.run\n{values.get_help()}")
+        print(f"python -m {program}\n{values.get_help()}")
         sys.exit(0)
     try:
         rest = values(list(argv))[1:]
@@ -47,4 +100,4 @@ def parse(argv: Sequence[str]) -> Config:
         raise InputError(" ".join(str(error).split())) from None
     if rest:
         raise InputError(f"expected flags of the form --name=value. Received: {' '.join(rest)}")
-    return Config(**{field.name: values[field.name].value for field in dataclasses.fields(Config)})
+    return settings(**{f.name: values[f.name].value for f in dataclasses.fields(settings)})
