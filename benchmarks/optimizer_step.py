@@ -8,15 +8,11 @@ compilation) are timed apart. Writes a CSV and prints a table.
 """
 
 import argparse
-import csv
-import datetime
 import gc
-import importlib.metadata
 import os
 import pathlib
 import random
 import resource
-import shlex
 import statistics
 import subprocess
 import sys
@@ -32,6 +28,8 @@ import tf_keras
 from official.modeling.optimization import lamb as tf_models
 
 import lamb_tf
+from benchmarks import report
+from benchmarks.report import progress
 
 MODES = ("eager", "function", "xla")
 # Keyword arguments at their defaults: tf_keras compiles its updates where there is a GPU.
@@ -109,11 +107,6 @@ class Step:
         return time.perf_counter() - start
 
 
-def progress(message: str) -> None:
-    """Prints to stderr, so that stdout holds the table alone."""
-    print(message, file=sys.stderr, flush=True)
-
-
 def measure(pairs: list[tuple[str, str]], arguments: argparse.Namespace) -> list[dict]:
     """Returns a row for each (contender, mode); those that fail are reported and left out."""
     gradients, variables = make_variables(arguments.layers)
@@ -178,26 +171,6 @@ def memory_of(row: dict, arguments: argparse.Namespace) -> str:
     return result.stdout.strip().splitlines()[-1] if result.returncode == 0 else ""
 
 
-def machine() -> tuple[str, str]:
-    """Returns a description of this machine, and a short name for files."""
-    cpu = "cpu"
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.split(":", 1)[1].strip()
-            break
-    cores = len(os.sched_getaffinity(0))
-    gpus = tf.config.list_logical_devices("GPU")
-    gpu = ""
-    if gpus:
-        details = tf.config.experimental.get_device_details(
-            tf.config.list_physical_devices("GPU")[0]
-        )
-        gpu = details.get("device_name", "GPU")
-    text = f"{cpu}, {cores} cores" + (f", {gpu}" if gpu else "")
-    short = "".join(c if c.isalnum() else "_" for c in (gpu or f"{cpu}_{cores}cores")).lower()
-    return text, short
-
-
 def print_table(rows: list[dict]) -> None:
     """Prints the times, and their ratios to the faster LAMB peer and to AdamW, both under XLA."""
     medians = {(row["contender"], row["mode"]): row["step_median_ms"] for row in rows}
@@ -215,16 +188,6 @@ def print_table(rows: list[dict]) -> None:
             f"{ratios[0]:>8}{ratios[1]:>9}{row.get('peak_memory_mb', ''):>10}"
         )
     print("peer: the faster of tf-models LAMB and keras Lamb, AdamW: keras AdamW, both in mode xla")
-
-
-def write_csv(path: pathlib.Path, rows: list[dict]) -> None:
-    """Writes the rows with what is needed to repeat them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    progress(f"Written: {path}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -262,15 +225,7 @@ def main() -> None:
         tf.TensorShape(shape).num_elements() for _, shape in bert_shapes(arguments.layers)
     )
     print(f"{parameters:,} parameters in {len(bert_shapes(arguments.layers))} variables")
-    description, short = machine()
-    facts = {
-        "parameters": parameters,
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
-        "lamb_tf": lamb_tf.__version__,
-        "machine": description,
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-    }
+    facts = {"parameters": parameters, **report.facts(PACKAGES)}
     rows = []
     # Eager steps take seconds; the others, whose ratios matter, take turns with one another.
     for group in (("eager",), ("function", "xla")):
@@ -281,9 +236,7 @@ def main() -> None:
         row["peak_memory_mb"] = memory_of(row, arguments) if arguments.measure_memory else ""
         row.update(facts)
     print_table(rows)
-    results = pathlib.Path(__file__).parent / "results"
-    default = results / f"optimizer_step-{short}-tf{tf.__version__}.csv"
-    write_csv(arguments.output or default, rows)
+    report.write_csv(arguments.output or report.default_path("optimizer_step"), rows, COLUMNS)
 
 
 if __name__ == "__main__":

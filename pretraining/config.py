@@ -34,6 +34,9 @@ class Config:
         "Empty: the program makes records from prose that it finds in this Python installation",
     )
     eval_files: str = flag("", "held-out records, likewise")
+    skip_corrupt_records: bool = flag(
+        False, "go on past damaged records, with the next good one in the place of each"
+    )
     vocab_file: str = flag("", "WordPiece vocabulary of the records, a token a line")
     output_dir: str = flag("./lamb_tf_run", "folder of this run, local or gs://")
     max_seq_length: int = flag(

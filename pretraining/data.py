@@ -1,17 +1,23 @@
 """The vocabulary and the checked records of a run."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from pretraining import console, files, records, vocabulary
+from pretraining import console, files, input_pipeline, manifest, masking, records, vocabulary
+from pretraining.batch_plan import BatchPlan
 from pretraining.config import Config
 from pretraining.errors import InputError
 from pretraining.model import BertConfig
-from pretraining.record_checks import check_records
+from pretraining.record_checks import RecordCheck
 from pretraining.record_format import RecordFormat
 from pretraining.run_directory import RunDirectory, writing
+
+EVAL_MASKING_SEED = 0  # the same masks for every run
+Input = Callable[[tf.distribute.InputContext], tf.data.Dataset]
+SHOWN = 20  # skipped records named in the log
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +37,66 @@ class Data:
     train: records.RecordSet | None
     held_out: records.RecordSet | None
     fresh: tuple[str, ...] = ()
+
+    def train_input(self, plan: BatchPlan, seed: int, step: int) -> Input:
+        """Returns the function that makes each host's batches from a step on."""
+        return functools.partial(
+            input_pipeline.train_dataset,
+            self.train,
+            self.record_format,
+            plan,
+            seed,
+            step,
+            masking=self._masking(self.train, seed),
+        )
+
+    def eval_input(self, plan: BatchPlan) -> Input:
+        """Returns the function that makes each host's batches of the held-out records."""
+        return functools.partial(
+            input_pipeline.eval_dataset,
+            self.held_out,
+            self.record_format,
+            plan,
+            masking=self._masking(self.held_out, EVAL_MASKING_SEED),
+        )
+
+    def _masking(self, record_set: records.RecordSet, seed: int) -> input_pipeline.Masking | None:
+        if record_set.masking is None:
+            return None
+        table = masking.token_table(self.words)
+        settings = masking.MaskSettings(
+            masked_lm_prob=record_set.masking.masked_lm_prob,
+            do_whole_word_mask=record_set.masking.do_whole_word_mask,
+            max_predictions_per_seq=self.record_format.max_predictions_per_seq,
+        )
+
+        def mask(batch: input_pipeline.Features, positions: tf.Tensor) -> input_pipeline.Features:
+            keys = masking.row_keys(seed, positions)
+            ids, used = batch["input_word_ids"], batch["input_mask"]
+            return {**batch, **masking.mask_tokens(ids, used, keys, table, settings)}
+
+        return mask
+
+    def explain(self, error: tf.errors.OpError, flag: str, files: Sequence[str]) -> InputError:
+        """Finds out which record made the input fail.
+
+        Args:
+          error: what TensorFlow raised; it names no file.
+          flag: "--input_files" or "--eval_files".
+          files: where to look, the likeliest first.
+        """
+        known = self.train if flag == "--input_files" else self.held_out
+        console.say(f"{flag}: a record could not be used; looking for it")
+        try:
+            for path in files:
+                RecordCheck(record_format=self.record_format, flag=flag, known=known).run([path])
+        except InputError as found:
+            return InputError(
+                f"{found}. --skip_corrupt_records goes on without such records; what was saved before "
+                "is intact"
+            )
+        cause = " ".join(str(error.message).split())[:200]
+        return InputError(f"{flag}: the input failed ({cause}), and every record reads well now")
 
     def remember(self, directory: RunDirectory) -> None:
         """Keeps what the checks found, so that the next start need not repeat them."""
@@ -68,10 +134,16 @@ def given_files(config: Config) -> DataFiles:
     train = config.input_files if config.mode != "eval" else ""
     held_out = config.eval_files if config.mode != "train" else ""
     return DataFiles(
-        files.find_files(train, "--input_files") if train else [],
-        files.find_files(held_out, "--eval_files") if held_out else [],
-        config.vocab_file,
+        _find(train, "--input_files"), _find(held_out, "--eval_files"), config.vocab_file
     )
+
+
+def _find(patterns: str, flag: str) -> list[str]:
+    if not patterns:
+        return []
+    found = files.find_files(patterns, flag)
+    manifest.missing_files(patterns, found, flag)
+    return found
 
 
 def read_data(found: DataFiles, config: Config, bert: BertConfig, directory: RunDirectory) -> Data:
@@ -95,18 +167,79 @@ def read_data(found: DataFiles, config: Config, bert: BertConfig, directory: Run
     checked, fresh = {}, []
     for name in ("input_files", "eval_files"):
         paths = getattr(found, name)
-        if not paths:
-            continue
-        checked[name] = records.read_cache(_cache(directory, name), paths, record_format)
-        if checked[name] is None:
-            size = sum(tf.io.gfile.stat(path).length for path in paths)
-            with console.progress(f"Checking --{name}", size, "B", scale=True) as bar:
-                checked[name] = check_records(paths, record_format, f"--{name}", bar.update)
-            fresh.append(name)
+        if paths:
+            reader = _Reader(f"--{name}", paths, record_format, config.skip_corrupt_records)
+            checked[name], new = reader.read(words, _cache(directory, name))
+            fresh += [name] * new
     return Data(
         words=words,
         record_format=record_format,
         train=checked.get("input_files"),
         held_out=checked.get("eval_files"),
         fresh=tuple(fresh),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Finds out what a flag's records are, by reading as little of them as will do."""
+
+    flag: str
+    paths: Sequence[str]
+    record_format: RecordFormat
+    skip_corrupt_records: bool
+
+    def read(self, words: vocabulary.Vocabulary, cache: str) -> tuple[records.RecordSet, bool]:
+        """Returns the records and whether they were all read just now."""
+        manifests = manifest.manifests_of(self.paths, self.flag)
+        known = None
+        if manifests is not None:
+            for each in manifests:
+                each.check(self.record_format, words, self.flag)
+            known = manifest.record_set(self.paths, manifests, len(words), self.flag)
+            if not self.skip_corrupt_records:
+                self._check_sizes(known)
+                return known, False
+        found = records.read_cache(cache, self.paths, self.record_format)
+        usable = found is not None and (self.skip_corrupt_records or not found.corrupt_records)
+        if found is None or not usable:
+            return self._check(known), True
+        if found.corrupt_records:
+            _say_corrupt(self.flag, found)
+        return found, False
+
+    def _check_sizes(self, known: records.RecordSet) -> None:
+        for shard in known.shards:
+            if records.stamp(shard.path)[0] != shard.size:
+                # Reading it names the record; one that reads well is another file.
+                RecordCheck(record_format=self.record_format, flag=self.flag, known=known).run(
+                    [shard.path]
+                )
+                raise InputError(
+                    f"{self.flag}={shard.path}: expected {shard.size} bytes, as the manifest.json "
+                    f"beside it says. Received: {records.stamp(shard.path)[0]}"
+                )
+
+    def _check(self, known: records.RecordSet | None) -> records.RecordSet:
+        corrupt: list[str] = []
+        size = sum(records.stamp(path)[0] for path in self.paths)
+        with console.progress(f"Checking {self.flag}", size, "B", scale=True) as bar:
+            found = RecordCheck(
+                record_format=self.record_format,
+                flag=self.flag,
+                known=known,
+                on_corrupt=corrupt.append if self.skip_corrupt_records else None,
+                on_progress=bar.update,
+            ).run(self.paths)
+        for line in corrupt[:SHOWN]:
+            console.say(f"Skipped: {line}")
+        if corrupt:
+            _say_corrupt(self.flag, found)
+        return found
+
+
+def _say_corrupt(flag: str, found: records.RecordSet) -> None:
+    console.say(
+        f"{flag}: {found.corrupt_records} of {found.num_records} records cannot be used; the next good "
+        "one of its window stands in for each"
     )

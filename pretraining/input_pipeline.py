@@ -1,17 +1,24 @@
 """Batches as a function of (seed, position): the step is all that a restart needs to know.
 
 Position p is the p-th row of the run; step s takes rows s * B to (s + 1) * B of the global batch
-size B, whatever the number of replicas or hosts. Epoch e visits the files in an order drawn from
-(seed, e) and permutes records within windows by (seed, e, window).
+size B, whatever the number of replicas or hosts. `lanes` says which record a row is.
 """
 
+from collections.abc import Callable
+
+import numpy as np
 import tensorflow as tf
 
 from pretraining.batch_plan import BatchPlan
+from pretraining.lanes import Lanes
 from pretraining.record_format import RecordFormat, features
 from pretraining.records import RecordSet
 
-WINDOW = 8192
+# What reading a damaged, changed or vanished file raises, and the checks of `_finish`.
+FAILURES = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
+Features = dict[str, tf.Tensor]
+# Masks rows that come without masks: features and the [rows] int64 positions of their rows.
+Masking = Callable[[Features, tf.Tensor], Features]
 
 
 def train_dataset(
@@ -21,8 +28,12 @@ def train_dataset(
     seed: int,
     start_step: int,
     context: tf.distribute.InputContext | None = None,
+    masking: Masking | None = None,
 ) -> tf.data.Dataset:
     """Endless batches of one replica, beginning with those of step `start_step`.
+
+    A host opens the lanes of its own rows only, where the global batch size is a multiple of the
+    number of lanes or divides it; else all of them.
 
     Args:
       records: the training records.
@@ -31,37 +42,46 @@ def train_dataset(
       seed: the run's seed.
       start_step: updates made so far.
       context: tells which host's rows to yield; all of them by default.
+      masking: for records without masks.
 
     Returns:
       Batches as `train_step.forward_sums` takes them, of `plan.rows_per_replica` rows; a host's
       replicas take turns.
     """
-    paths = tf.constant([shard.path for shard in records.shards if shard.records])
-    first_epoch, offset = divmod(start_step * plan.global_batch_size, records.num_records)
+    hosts, host = (context.num_input_pipelines, context.input_pipeline_id) if context else (1, 0)
+    batch, rows = plan.global_batch_size, plan.global_batch_size // hosts
+    lanes = Lanes(records, seed)
+    chunk = batch // len(lanes) if batch % len(lanes) == 0 else 1
+    cycle = len(lanes) * chunk  # rows after which it is the first lane's turn again
+    cycles, rest = divmod(start_step * batch, cycle)
+    of_host = _lanes_of_host(len(lanes), batch, hosts, host)
+    if of_host is not None:
+        stream = lanes.rows(of_host, chunk, cycles * chunk).skip(rest // hosts // chunk)
+    else:
+        stream = lanes.rows(np.arange(len(lanes)), chunk, cycles * chunk).skip(rest)
+        stream = stream.rebatch(batch, drop_remainder=True)
+        stream = stream.map(lambda step: step[host * rows : (host + 1) * rows])
+    stream = stream.rebatch(plan.rows_per_replica, drop_remainder=True)
+    turns = rows // plan.rows_per_replica
 
-    def epoch(number: tf.Tensor) -> tf.data.Dataset:
-        epoch_seed = tf.random.experimental.stateless_fold_in([seed, 0], number)
-        skipped = tf.where(number == first_epoch, tf.constant(offset, tf.int64), 0)
-        window = skipped // WINDOW
-        order = tf.random.experimental.stateless_shuffle(paths, epoch_seed)
-        windows = tf.data.TFRecordDataset(order).skip(window * WINDOW).batch(WINDOW)
+    def place(turn: tf.Tensor, serialized: tf.Tensor):
+        first = (start_step + turn // turns) * batch + host * rows
+        first += turn % turns * plan.rows_per_replica
+        positions = first + tf.range(plan.rows_per_replica, dtype=tf.int64)
+        return serialized, tf.ones([plan.rows_per_replica]), positions
 
-        def shuffle(index: tf.Tensor, serialized: tf.Tensor) -> tf.Tensor:
-            window_seed = tf.random.experimental.stateless_fold_in(epoch_seed, 1 + index)
-            return tf.random.experimental.stateless_shuffle(serialized, window_seed)
+    return _finish(stream.enumerate().map(place), records, record_format, masking)
 
-        shuffled = windows.enumerate(start=window).map(shuffle).unbatch()
-        return shuffled.skip(skipped % WINDOW)
 
-    rows = tf.data.Dataset.counter(start=first_epoch, dtype=tf.int64).flat_map(epoch)
-    batches = rows.batch(plan.rows_per_replica, drop_remainder=True)
-    if context is not None and context.num_input_pipelines > 1:
-        # The replicas of a host stand side by side in the global batch.
-        replicas = plan.num_replicas // context.num_input_pipelines
-        batches = batches.batch(replicas, drop_remainder=True)
-        batches = batches.shard(context.num_input_pipelines, context.input_pipeline_id).unbatch()
-    weights = tf.ones([plan.rows_per_replica])
-    return _finish(batches.map(lambda rows: (rows, weights)), records, record_format)
+def _lanes_of_host(lanes: int, batch: int, hosts: int, host: int) -> np.ndarray | None:
+    """Returns the lanes of a host's rows in the order of the rows; None where all hosts share them."""
+    rows = batch // hosts
+    if batch % lanes == 0 and (lanes % hosts == 0):
+        return np.arange(lanes)[host * lanes // hosts : (host + 1) * lanes // hosts]
+    if lanes % batch == 0:
+        # A cycle is some steps, each of which takes other lanes.
+        return np.arange(lanes).reshape(-1, batch)[:, host * rows : (host + 1) * rows].ravel()
+    return None
 
 
 def eval_dataset(
@@ -69,34 +89,71 @@ def eval_dataset(
     record_format: RecordFormat,
     plan: BatchPlan,
     context: tf.distribute.InputContext | None = None,
+    masking: Masking | None = None,
 ) -> tf.data.Dataset:
-    """Every record once, in the order of the files; rows of weight 0 fill the last batch."""
-    paths = [shard.path for shard in records.shards if shard.records]
-    rows = tf.data.TFRecordDataset(paths)
+    """Every record once, in the order of the files; rows of weight 0 fill the last batch.
+
+    Arguments as for `train_dataset`. Records without masks get the same ones in each evaluation.
+    """
+    rows = Lanes(records, 0).in_order()
     padding = -records.num_records % plan.global_batch_size
     weighted = rows.map(lambda row: (row, 1.0))
     filler = rows.take(1).repeat(padding).map(lambda row: (row, 0.0))
     batches = weighted.concatenate(filler).batch(plan.rows_per_replica, drop_remainder=True)
+    batches = batches.enumerate()
     if context is not None and context.num_input_pipelines > 1:
         batches = batches.shard(context.num_input_pipelines, context.input_pipeline_id)
-    return _finish(batches, records, record_format)
+
+    def place(number: tf.Tensor, batch: tuple[tf.Tensor, tf.Tensor]):
+        first = number * plan.rows_per_replica
+        return *batch, first + tf.range(plan.rows_per_replica, dtype=tf.int64)
+
+    return _finish(batches.map(place), records, record_format, masking)
+
+
+def shards_in_use(records: RecordSet, plan: BatchPlan, seed: int, step: int) -> list[str]:
+    """Returns the files that are read at a step, and after them those that are read later."""
+    lanes = Lanes(records, seed)
+    record = step * plan.global_batch_size // len(lanes)
+    orders = [lanes.shards_at(lane, record) for lane in range(len(lanes))]
+    longest = max(map(len, orders))
+    turns = [order[i] for i in range(longest) for order in orders if i < len(order)]
+    return list(dict.fromkeys([*turns, *(s.path for s in records.shards if s.records)]))
 
 
 def _finish(
-    batches: tf.data.Dataset, records: RecordSet, record_format: RecordFormat
+    rows: tf.data.Dataset, records: RecordSet, record_format: RecordFormat, masking: Masking | None
 ) -> tf.data.Dataset:
-    def parse(serialized: tf.Tensor, row_weights: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Parses, checks and masks batches of (serialised records, row weights, positions)."""
+
+    def parse(serialized: tf.Tensor, row_weights: tf.Tensor, positions: tf.Tensor) -> Features:
         parsed = tf.io.parse_example(serialized, features(records.keys, record_format))
         batch = {}
         for name, key in records.keys.items():
             value = parsed[key]
             batch[name] = tf.cast(value, tf.int32) if value.dtype == tf.int64 else value
+        with tf.control_dependencies(_checks(batch, record_format)):
+            batch = {name: tf.identity(value) for name, value in batch.items()}
         batch["next_sentence_labels"] = batch["next_sentence_labels"][:, 0]
+        if masking is not None:
+            batch = masking(batch, positions)
         return {**batch, "row_weights": row_weights}
 
-    dataset = batches.map(parse, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    dataset = rows.map(parse, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.ram_budget = 1 << 30
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
+
+
+def _checks(batch: Features, record_format: RecordFormat) -> list[tf.Operation]:
+    """Refuses ids beyond their range: an accelerator's gather would take another row instead."""
+    return [
+        tf.debugging.Assert(
+            tf.reduce_all(tf.logical_and(value >= 0, value < record_format.limit(name))),
+            [f"{name} out of range"],
+        )
+        for name, value in batch.items()
+        if value.dtype == tf.int32
+    ]

@@ -33,6 +33,7 @@ class LoopActions:
         metrics: MetricsLog,
         bar: tqdm.tqdm,
         stop_requested: Sequence[str],
+        corrupt_records: int | None = None,
     ):
         self._global_step = global_step
         self._learning_rate = learning_rate
@@ -40,6 +41,7 @@ class LoopActions:
         self._metrics = metrics
         self._bar = bar
         self._stop_requested = stop_requested
+        self._corrupt_records = corrupt_records
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -64,6 +66,8 @@ class LoopActions:
         # The rate of the update that was made last.
         values["learning_rate"] = float(self._learning_rate(step - 1))
         values["examples_per_sec"] = steps * self._global_batch_size / (now - self._then)
+        if self._corrupt_records is not None:
+            values["corrupt_records"] = self._corrupt_records
         output["learning_rate"] = values["learning_rate"]
         output["examples_per_sec"] = values["examples_per_sec"]
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):

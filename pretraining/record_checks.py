@@ -1,86 +1,215 @@
-"""Checks every record before a run starts, and names the file and the record that does not fit."""
+"""Checks records, and names the file and the record that does not fit."""
 
+import dataclasses
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import tensorflow as tf
 
+from pretraining import record_reading
 from pretraining.errors import InputError
+from pretraining.files import why
 from pretraining.record_format import RECORD_KEYS, RecordFormat, features
-from pretraining.records import RecordSet, Shard, size_and_time
+from pretraining.record_reading import FRAME_BYTES
+from pretraining.records import DamagedWindow, RecordSet, Shard
 
-RECORDS_AT_ONCE = 512
-FRAME_BYTES = 16  # TFRecord's length, two checksums
+WINDOW = 8192
+LEAST_WINDOW = 512
 
 
-def check_records(
-    files: Sequence[str],
-    record_format: RecordFormat,
-    flag: str,
-    on_progress: Callable[[int], None] = lambda size: None,
-) -> RecordSet:
-    """Reads every record once: framing, checksums, lengths and the range of every value.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecordCheck:
+    """A reading of every record: framing, checksums, lengths and the range of every value.
 
-    Args:
-      files: paths of TFRecord files.
+    Attributes:
       record_format: what every record must hold.
       flag: named in the error messages.
+      known: what a manifest says of the files, if there is one.
+      on_corrupt: called with a line about each record that does not fit; the check goes on
+        then. None: the first one raises.
       on_progress: called with the size in bytes of each file that has been read.
-
-    Raises:
-      InputError: a file is no TFRecord file, or a record does not fit; names file and record.
+      on_records: called with the path, the numbers and the decoded features of good records.
     """
-    keys = _record_keys(files, flag)
-    shards, label_counts = [], np.zeros(record_format.vocab_size, np.int64)
-    for path in files:
-        size, modified = size_and_time(path)
-        count, checksum, read = 0, 0, 0
-        for serialized in _batches_of(path, flag):
-            examples = _parse(serialized, keys, record_format, f"{flag}={path}", count)
-            _check_ranges(examples, record_format, f"{flag}={path}", count)
-            labels = examples["masked_lm_ids"][examples["masked_lm_weights"] > 0]
-            label_counts += np.bincount(labels, minlength=record_format.vocab_size)
-            for record in serialized:
-                checksum = zlib.crc32(record, checksum)
-                read += len(record) + FRAME_BYTES
-            count += len(serialized)
-        if read != size:  # TensorFlow takes a file that ends inside a record's header for whole
-            raise InputError(_damage(path, flag, count))
-        shards.append(Shard(path, count, size, modified, checksum))
-        on_progress(size)
-    if not any(shard.records for shard in shards):
-        raise InputError(f"{flag}={files[0]}: expected records. Received: only empty files")
-    return RecordSet(tuple(shards), keys, label_counts)
+
+    record_format: RecordFormat
+    flag: str
+    known: RecordSet | None = None
+    on_corrupt: Callable[[str], None] | None = None
+    on_progress: Callable[[int], None] = lambda size: None
+    on_records: Callable[[str, np.ndarray, dict[str, np.ndarray]], None] = lambda *run: None
+
+    def run(self, files: Sequence[str]) -> RecordSet:
+        """Reads the files.
+
+        Args:
+          files: paths of TFRecord files.
+
+        Returns:
+          What was found; of a file in the manifest, its shard there and the damage.
+
+        Raises:
+          InputError: a file is no TFRecord file, or a record does not fit; names file and record.
+        """
+        keys = self.known.keys if self.known else self._record_keys(files)
+        window = self.known.window if self.known else max(LEAST_WINDOW, WINDOW // len(files))
+        label_counts = np.zeros(self.record_format.vocab_size, np.int64)
+        shards = []
+        for path in files:
+            shards.append(self._read(path, keys, window, label_counts))
+            self.on_progress(shards[-1].size)
+        if not any(shard.records for shard in shards):
+            raise InputError(
+                f"{self.flag}={files[0]}: expected records. Received: only empty files"
+            )
+        if self.known:
+            return dataclasses.replace(self.known, shards=tuple(shards))
+        return RecordSet(shards=tuple(shards), window=window, keys=keys, label_counts=label_counts)
+
+    def _read(
+        self, path: str, keys: dict[str, str], window: int, label_counts: np.ndarray
+    ) -> Shard:
+        known = next((s for s in self.known.shards if s.path == path), None) if self.known else None
+        size, checksum, records = tf.io.gfile.stat(path).length, 0, 0
+        offsets: list[int] = []
+        damage = _Damage(window)
+        places = {i * window: o for i, o in enumerate(known.offsets)} if known else None
+        for first, offset, payloads in self._runs(path, size, places):
+            if first > records:  # lost with the length of the record before them
+                damage.mark(records, first)
+            if not payloads:
+                self._report(self._damaged(path, first))
+                damage.mark(first, first + 1)
+                if first % window == 0:
+                    offsets.append(offset)
+                records = first + 1
+                continue
+            examples, faults = self._decode(payloads, keys, path, first)
+            for row, text in faults.items():
+                self._report(text)
+                damage.mark(first + row, first + row + 1)
+            if examples:
+                rows = [row for row in range(len(payloads)) if row not in faults]
+                self.on_records(path, first + np.array(rows), examples)
+            if "masked_lm_ids" in examples:
+                labels = examples["masked_lm_ids"][examples["masked_lm_weights"] > 0]
+                label_counts += np.bincount(labels, minlength=len(label_counts))
+            for row, payload in enumerate(payloads):
+                checksum = zlib.crc32(payload, checksum)
+                if (first + row) % window == 0:
+                    offsets.append(offset)
+                if row not in faults:
+                    damage.good(first + row, offset)
+                offset += len(payload) + FRAME_BYTES
+            records = first + len(payloads)
+        if known is None:
+            return Shard(path, records, size, checksum, tuple(offsets), damage.windows())
+        if records < known.records:  # cut, or lost up to the end
+            if not damage:
+                self._report(self._damaged(path, records))
+            damage.mark(records, known.records)
+        elif records > known.records or (checksum != known.crc32 and not damage):
+            self._report(
+                f"{self.flag}={path}: expected the {known.records} records of the manifest.json "
+                f"beside it, checksum {known.crc32}. Received: {records}, checksum {checksum}"
+            )
+        return dataclasses.replace(known, damaged=damage.windows())
+
+    def _report(self, text: str) -> None:
+        if self.on_corrupt is None:
+            raise InputError(text)
+        self.on_corrupt(text)
+
+    def _runs(self, path: str, size: int, places: dict[int, int] | None) -> Iterable:
+        try:
+            yield from record_reading.runs(path, size, places)
+        except tf.errors.OpError as error:
+            raise InputError(f"{self.flag}={path}: {why(error, path, 'read')}") from None
+
+    def _damaged(self, path: str, record: int) -> str:
+        what = "expected a TFRecord file" if record == 0 else f"record {record} is damaged"
+        return f"{self.flag}={path}: {what}. Received: other bytes, or fewer, at record {record}"
+
+    def _record_keys(self, files: Sequence[str]) -> dict[str, str]:
+        """Tells from the first record which names the features have."""
+        for path in files:
+            size = tf.io.gfile.stat(path).length
+            for first, _, payloads in self._runs(path, size, None):
+                if not payloads:
+                    self._report(self._damaged(path, first))
+                    continue
+                try:
+                    present = set(_example(payloads[0]).features.feature)
+                except ValueError:
+                    present = set()
+                return _keys_of(present, f"{self.flag}={path}: record {first}")
+        return {name: candidates[0] for name, candidates in RECORD_KEYS.items()}
+
+    def _decode(
+        self, payloads: list[bytes], keys: dict[str, str], path: str, first: int
+    ) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+        """Returns the features of the good records, and what is wrong with each other one."""
+        where = f"{self.flag}={path}"
+        try:
+            return self._parse(payloads, keys, where, first), {}
+        except InputError as error:
+            if self.on_corrupt is None:
+                raise InputError(str(error)) from None
+        faults = {}
+        for row, payload in enumerate(payloads):
+            try:
+                self._parse([payload], keys, where, first + row)
+            except InputError as error:
+                faults[row] = str(error)
+        good = [payload for row, payload in enumerate(payloads) if row not in faults]
+        return self._parse(good, keys, where, first) if good else {}, faults
+
+    def _parse(self, payloads, keys: dict[str, str], where: str, first: int):
+        try:
+            parsed = tf.io.parse_example(payloads, features(keys, self.record_format))
+        except tf.errors.InvalidArgumentError:
+            for row, payload in enumerate(payloads):
+                _explain(payload, keys, self.record_format, f"{where}: record {first + row}")
+            raise
+        examples = {name: parsed[key].numpy() for name, key in keys.items()}
+        _check_ranges(examples, self.record_format, where, first)
+        return examples
 
 
-def _batches_of(path: str, flag: str) -> Iterator[np.ndarray]:
-    count = 0
-    try:
-        for batch in tf.data.TFRecordDataset(path).batch(RECORDS_AT_ONCE).as_numpy_iterator():
-            yield batch
-            count += len(batch)
-    except tf.errors.DataLossError:
-        # The records before the damage in this batch were good ones; find how many.
-        count += _readable_records(path, skip=count)
-        raise InputError(_damage(path, flag, count)) from None
-    except tf.errors.OpError as error:
-        raise InputError(f"{flag}={path}: cannot be read ({error.message})") from None
+class _Damage:
+    """Windows with records that cannot be used, put together while a file is read in order."""
 
+    def __init__(self, window: int):
+        self._window = window
+        self._bad: set[int] = set()
+        self._runs: dict[int, list[list[int]]] = {}
 
-def _damage(path: str, flag: str, record: int) -> str:
-    what = "expected a TFRecord file" if record == 0 else f"record {record} is damaged"
-    return f"{flag}={path}: {what}. Received: other bytes, or fewer, at record {record}"
+    def __bool__(self) -> bool:
+        return bool(self._bad)
 
+    def mark(self, first: int, end: int) -> None:
+        """Notes records that cannot be used, from `first` up to `end`."""
+        self._bad.update(range(first // self._window, (end - 1) // self._window + 1))
 
-def _readable_records(path: str, skip: int) -> int:
-    count = 0
-    try:
-        for _ in tf.data.TFRecordDataset(path).skip(skip):
-            count += 1
-    except tf.errors.DataLossError:
-        pass
-    return count
+    def good(self, record: int, offset: int) -> None:
+        """Notes a good record and where it begins."""
+        index, place = divmod(record, self._window)
+        if index not in self._runs:
+            # A window without damage needs no list of its runs.
+            self._runs = {i: runs for i, runs in self._runs.items() if i in self._bad}
+            self._runs[index] = []
+        runs = self._runs[index]
+        if runs and runs[-1][0] + runs[-1][2] == place:
+            runs[-1][2] += 1
+        else:
+            runs.append([place, offset, 1])
+
+    def windows(self) -> tuple[DamagedWindow, ...]:
+        """Returns the damaged windows, in order."""
+        return tuple(
+            DamagedWindow(index, tuple(map(tuple, self._runs.get(index, []))))
+            for index in sorted(self._bad)
+        )
 
 
 def _example(record: bytes) -> tf.train.Example:
@@ -91,35 +220,17 @@ def _example(record: bytes) -> tf.train.Example:
         raise ValueError(str(error)) from None
 
 
-def _record_keys(files: Sequence[str], flag: str) -> dict[str, str]:
-    """Tells from the first record which names the features have."""
-    for path in files:
-        for batch in _batches_of(path, flag):
-            try:
-                present = set(_example(batch[0]).features.feature)
-            except ValueError:
-                present = set()
-            keys = {}
-            for name, candidates in RECORD_KEYS.items():
-                key = next((c for c in candidates if c in present), None)
-                if key is None:
-                    raise InputError(
-                        f"{flag}={path}: record 0: expected the feature {candidates[0]}. "
-                        f"Received: {', '.join(sorted(present)) or 'no tf.train.Example'}"
-                    )
-                keys[name] = key
-            return keys
-    return {name: candidates[0] for name, candidates in RECORD_KEYS.items()}
-
-
-def _parse(serialized, keys, record_format: RecordFormat, where: str, start: int):
-    try:
-        parsed = tf.io.parse_example(serialized, features(keys, record_format))
-    except tf.errors.InvalidArgumentError:
-        for index, record in enumerate(serialized):
-            _explain(record, keys, record_format, f"{where}: record {start + index}")
-        raise
-    return {name: parsed[key].numpy() for name, key in keys.items()}
+def _keys_of(present: set[str], where: str) -> dict[str, str]:
+    keys = {}
+    for name, candidates in RECORD_KEYS.items():
+        key = next((c for c in candidates if c in present), None)
+        if key is None:
+            raise InputError(
+                f"{where}: expected the feature {candidates[0]}. "
+                f"Received: {', '.join(sorted(present)) or 'no tf.train.Example'}"
+            )
+        keys[name] = key
+    return keys
 
 
 def _explain(record: bytes, keys: dict[str, str], record_format: RecordFormat, where: str) -> None:

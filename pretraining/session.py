@@ -1,7 +1,6 @@
 """One start of a run: the model, its optimizer, and the loop that trains and evaluates them."""
 
 import contextlib
-import functools
 import math
 from typing import Any
 
@@ -79,6 +78,7 @@ class Session:
                 metrics,
                 bar,
                 stop_requested,
+                self._data.train.corrupt_records if config.skip_corrupt_records else None,
             )
             controller = self._controller(
                 trainer=self._trainer(),
@@ -124,14 +124,7 @@ class Session:
     def _trainer(self) -> Trainer:
         config = self._config
         batches = self._strategy.distribute_datasets_from_function(
-            functools.partial(
-                input_pipeline.train_dataset,
-                self._data.train,
-                self._data.record_format,
-                self._train_plan,
-                config.seed,
-                self.step,
-            )
+            self._data.train_input(self._train_plan, config.seed, self.step)
         )
         step = PretrainingStep(
             self._model,
@@ -150,8 +143,17 @@ class Session:
         end = config.num_train_steps
         while self.step < end:
             stops = [_next(self.step, n, end) for n in (config.save_every_steps, self._eval_every)]
-            with console.quiet():
-                controller.train(min(stops), checkpoint_at_completion=False)
+            try:
+                with console.quiet():
+                    controller.train(min(stops), checkpoint_at_completion=False)
+            except input_pipeline.FAILURES as error:
+                raise self._data.explain(
+                    error,
+                    "--input_files",
+                    input_pipeline.shards_in_use(
+                        self._data.train, self._train_plan, config.seed, self.step
+                    ),
+                ) from None
             if _is_due(self.step, config.save_every_steps, end):
                 self._save()
             if self._data.held_out is not None and _is_due(self.step, self._eval_every, end):
@@ -189,12 +191,7 @@ class Session:
             arguments["evaluator"] = evaluation.Evaluator(
                 self._strategy,
                 self._model,
-                functools.partial(
-                    input_pipeline.eval_dataset,
-                    self._data.held_out,
-                    self._data.record_format,
-                    self._eval_plan,
-                ),
+                self._data.eval_input(self._eval_plan),
             )
             if self._config.mode != "eval":
                 arguments["eval_summary_dir"] = self._directory.join("tensorboard/eval")
@@ -208,8 +205,12 @@ class Session:
         steps = math.ceil(held_out.num_records / self._eval_plan.global_batch_size)
         if self._config.eval_steps:
             steps = min(steps, self._config.eval_steps)
-        with console.quiet():
-            output = controller.evaluate(steps)
+        try:
+            with console.quiet():
+                output = controller.evaluate(steps)
+        except input_pipeline.FAILURES as error:
+            files = [shard.path for shard in held_out.shards]
+            raise self._data.explain(error, "--eval_files", files) from None
         output = {k: float(v) for k, v in output.items() if k != "steps_per_second"}
         if not math.isfinite(output["loss"]):
             raise diverged(self.step)

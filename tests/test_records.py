@@ -5,8 +5,9 @@ import shutil
 import pytest
 import tensorflow as tf
 
-from pretraining import files, record_checks, records
+from pretraining import files, records
 from pretraining.errors import InputError
+from pretraining.record_checks import RecordCheck
 from pretraining.record_format import RecordFormat
 from tests.conftest import LENGTH, PREDICTIONS
 
@@ -30,7 +31,7 @@ def rewritten(source, target, change, at):
 
 
 def check(*paths, record_format=FORMAT):
-    return record_checks.check_records(paths, record_format, "--input_files")
+    return RecordCheck(record_format=record_format, flag="--input_files").run(paths)
 
 
 def test_counts_labels_and_contents(small_records):

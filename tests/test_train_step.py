@@ -8,9 +8,10 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
-from pretraining import input_pipeline, model, record_checks
+from pretraining import input_pipeline, model
 from pretraining.batch_plan import BatchPlan
 from pretraining.model import BertConfig
+from pretraining.record_checks import RecordCheck
 from pretraining.train_step import PretrainingStep, Trainer, seed_dropout
 from tests.test_records import FORMAT
 
@@ -26,9 +27,8 @@ BERT = BertConfig(
 
 @pytest.fixture(scope="module")
 def train(small_records):
-    return record_checks.check_records(
-        [f"{small_records.folder}/train-{i}.tfrecord" for i in range(3)], FORMAT, "--input_files"
-    )
+    check = RecordCheck(record_format=FORMAT, flag="--input_files")
+    return check.run([f"{small_records.folder}/train-{i}.tfrecord" for i in range(3)])
 
 
 def one_replica():

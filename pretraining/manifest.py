@@ -1,0 +1,178 @@
+"""`manifest.json`: what is known of the records beside it, so that a start need not read them."""
+
+import dataclasses
+import fnmatch
+import json
+import posixpath
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from pretraining.errors import InputError
+from pretraining.files import why
+from pretraining.record_format import RecordFormat
+from pretraining.records import DynamicMasking, RecordSet, Shard, dense_counts
+from pretraining.vocabulary import Vocabulary
+
+NAME = "manifest.json"
+FORMAT = 1
+
+
+def write(folder: str, values: dict[str, Any]) -> None:
+    """Writes `manifest.json`, which is whole or not there."""
+    unfinished = f"{folder}/.{NAME}.unfinished"
+    with tf.io.gfile.GFile(unfinished, "w") as file:
+        json.dump({"format": FORMAT, **values}, file, indent=1)
+    tf.io.gfile.rename(unfinished, f"{folder}/{NAME}", overwrite=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """A manifest that has been read.
+
+    Attributes:
+      folder: where it and its records stand.
+      values: its content.
+    """
+
+    folder: str
+    values: dict[str, Any]
+
+    @property
+    def path(self) -> str:
+        """The file that was read."""
+        return posixpath.join(self.folder, NAME)
+
+    def shards(self) -> dict[str, Shard]:
+        """Every file of the manifest, by path."""
+        return {
+            path: Shard(path, s["records"], s["bytes"], s["crc32"], tuple(s["offsets"]))
+            for s in self.values["shards"]
+            for path in [posixpath.join(self.folder, s["name"])]
+        }
+
+    def check(self, record_format: RecordFormat, words: Vocabulary, flag: str) -> None:
+        """Compares what the records were made with to what a run expects.
+
+        Raises:
+          InputError: names the first thing that differs.
+        """
+        made, where = self.values, f"{flag}={self.path}"
+        if made["vocab"]["sha256"] != words.sha256:
+            raise InputError(
+                f"--vocab_file: expected the vocabulary that {where} was made with, "
+                f"{made['vocab']['size']} tokens, sha256 {made['vocab']['sha256'][:12]}. Received: "
+                f"{len(words)} tokens, sha256 {words.sha256[:12]}"
+            )
+        for name in ("max_seq_length", "max_predictions_per_seq"):
+            given = getattr(record_format, name)
+            if name == "max_predictions_per_seq" and made["masking"] == "dynamic":
+                continue  # the input pipeline makes as many as the run asks for
+            if made[name] != given:
+                raise InputError(
+                    f"--{name}={given}: expected {made[name]}, as {where} was made. Received: {given}"
+                )
+
+
+def read(folder: str, flag: str) -> Manifest | None:
+    """Reads the manifest of a folder, None where there is none.
+
+    Raises:
+      InputError: there is one and it is damaged.
+    """
+    path = posixpath.join(folder, NAME)
+    try:
+        if not tf.io.gfile.exists(path):
+            return None
+        with tf.io.gfile.GFile(path) as file:
+            values = json.load(file)
+        if values["format"] != FORMAT:
+            raise InputError(
+                f"{flag}={path}: expected format {FORMAT}. Received: {values['format']}"
+            )
+        manifest = Manifest(folder, values)
+        manifest.shards()
+        _ = [values[k] for k in ("window", "keys", "label_counts", "masking", "vocab")]
+    except tf.errors.OpError as error:
+        raise InputError(f"{flag}={path}: {why(error, path, 'read')}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{flag}={path}: expected the manifest that make_data wrote. Received: something else "
+            f"({type(error).__name__}: {error})"
+        ) from None
+    return manifest
+
+
+def manifests_of(files: Sequence[str], flag: str) -> list[Manifest] | None:
+    """Returns the manifests that know all of these files, None where one is in no manifest."""
+    found = []
+    for folder in sorted({posixpath.dirname(path) for path in files}):
+        manifest = read(folder, flag)
+        here = {path for path in files if posixpath.dirname(path) == folder}
+        if manifest is None or not {posixpath.basename(p) for p in here} <= _names(manifest):
+            return None
+        found.append(manifest)
+    return found
+
+
+def _names(manifest: Manifest) -> set[str]:
+    return {posixpath.basename(path) for path in manifest.shards()}
+
+
+def missing_files(patterns: str, files: Sequence[str], flag: str) -> None:
+    """Refuses a set of which a file in the manifest is not there.
+
+    Args:
+      patterns: what the flag said, in which folders and globs stand for all that they match.
+      files: what was found.
+      flag: named in the error message.
+
+    Raises:
+      InputError: names the file that is missing.
+    """
+    folders = {posixpath.dirname(path) for path in files} | {
+        pattern.strip().rstrip("/") for pattern in patterns.split(",")
+    }
+    for folder in sorted(folders):
+        manifest = read(folder, flag)
+        for path, shard in manifest.shards().items() if manifest else ():
+            if path not in files and _asked_for(path, patterns, folder):
+                raise InputError(
+                    f"{flag}={path}: expected the file with {shard.records} records that "
+                    f"{manifest.path} lists. Received: no such file"
+                )
+
+
+def _asked_for(path: str, patterns: str, folder: str) -> bool:
+    wanted = [pattern.strip() for pattern in patterns.split(",")]
+    return any(p.rstrip("/") == folder or fnmatch.fnmatch(path, p) for p in wanted)
+
+
+def record_set(
+    files: Sequence[str], manifests: Sequence[Manifest], vocab_size: int, flag: str
+) -> RecordSet:
+    """Returns the set of records that these files are, by their manifests alone.
+
+    Raises:
+      InputError: the manifests disagree on how records are masked or named.
+    """
+    known = {path: shard for manifest in manifests for path, shard in manifest.shards().items()}
+    first = manifests[0]
+    for other in manifests[1:]:
+        for name in ("keys", "masking", "masked_lm_prob", "do_whole_word_mask", "window"):
+            if other.values.get(name) != first.values.get(name):
+                raise InputError(
+                    f"{flag}: expected records that were made alike. Received: {name} "
+                    f"{first.values.get(name)} in {first.path}, {other.values.get(name)} in {other.path}"
+                )
+    masking = None
+    if first.values["masking"] == "dynamic":
+        masking = DynamicMasking(first.values["masked_lm_prob"], first.values["do_whole_word_mask"])
+    return RecordSet(
+        shards=tuple(known[path] for path in files),
+        window=first.values["window"],
+        keys=first.values["keys"],
+        label_counts=sum(dense_counts(m.values["label_counts"], vocab_size) for m in manifests),
+        masking=masking,
+    )
