@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lamb_tf/__init__.py").read
 
 PRETRAINING = [
     "absl-py",
+    "sentencepiece",
     "tensorflow-text>=2.20",
     "tf-keras>=2.20",
     "tf-models-official>=2.20",
@@ -22,7 +23,15 @@ PREFLIGHT = [
     "jaxlib==0.10.2; platform_system == 'Linux'",
     "libtpu==0.0.52; platform_system == 'Linux'",
 ]
-TEST = ["hypothesis", "mypy", "optax", "pytest", "ruff"]
+TEST = [
+    "gcp-storage-emulator==2026.7.19",
+    "hypothesis",
+    "mypy",
+    "optax",
+    "pytest",
+    "ruff",
+    "trustme==1.2.1",
+]
 
 setup(
     name="lamb-tf",

@@ -1,19 +1,26 @@
 """The data of a run without `--input_files`: found prose, made into records once.
 
 In `<output_dir>/data` stand `train.txt` and `eval.txt` (a sentence a line, a blank line between
-documents), `vocab.txt`, `train-*.tfrecord` and `eval-*.tfrecord`. They are made in a folder beside
+documents), `vocab.txt`, and the folders `train` and `eval` of records. They are made in a folder beside
 it that gets this name when all is done, so what is there is whole.
 """
 
-import fnmatch
 import hashlib
 import json
-import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import tensorflow as tf
 
-from pretraining import console, examples, found_text, vocabulary
+from pretraining import (
+    console,
+    examples,
+    files,
+    found_text,
+    manifest,
+    record_sets,
+    vocabulary,
+    vocabulary_learning,
+)
 from pretraining.config import Config
 from pretraining.data import DataFiles
 from pretraining.errors import InputError
@@ -79,15 +86,11 @@ def prepared_files(folder: str, settings: dict[str, int]) -> DataFiles:
             "Expected those flags, or another --output_dir"
         )
     console.say(f"Data: {folder}, from {size / 1e6:.1f} MB of text")
-    names = tf.io.gfile.listdir(folder)
     train, held_out = (
-        [f"{folder}/{name}" for name in sorted(fnmatch.filter(names, f"{part}-*.tfrecord"))]
-        for part in ("train", "eval")
+        files.find_files(f"{folder}/{part}", "--output_dir") for part in ("train", "eval")
     )
-    if not train or not held_out:
-        raise InputError(
-            f"--output_dir: expected train-* and eval-*.tfrecord in {folder}. Received: none"
-        )
+    for part, found in (("train", train), ("eval", held_out)):
+        manifest.missing_files(f"{folder}/{part}", found, "--output_dir")
     return DataFiles(train, held_out, f"{folder}/vocab.txt")
 
 
@@ -104,13 +107,26 @@ def _make(folder: str, settings: dict[str, int]) -> dict[str, int]:
     with console.timed(
         f"Vocabulary of up to {VOCAB_SIZE} word pieces, learnt from the training text"
     ):
-        counts = vocabulary.count_words([sentence for document in train for sentence in document])
-        words = vocabulary.learn_vocabulary(counts, VOCAB_SIZE)
+        counts = vocabulary_learning.count_words(
+            [sentence for document in train for sentence in document]
+        )
+        words = vocabulary_learning.learn_vocabulary(counts, VOCAB_SIZE)
     vocabulary.write_vocabulary(words, f"{folder}/vocab.txt")
-    train_settings = examples.ExampleSettings(dupe_factor=DUPE_FACTOR, **lengths)
-    eval_settings = examples.ExampleSettings(**lengths)
-    _write(train, words, train_settings, settings["seed"], f"{folder}/train", NUM_SHARDS)
-    _write(held_out, words, eval_settings, settings["seed"], f"{folder}/eval", 1)
+    for name, documents, shards, duplicates in (
+        ("train", train, NUM_SHARDS, DUPE_FACTOR),
+        ("eval", held_out, 1, 1),
+    ):
+        with console.timed(f"Records in {name}"):
+            record_sets.make_records(
+                documents,
+                words,
+                examples.ExampleSettings(
+                    dupe_factor=duplicates, random_seed=settings["seed"], **lengths
+                ),
+                f"{folder}/{name}",
+                num_shards=shards,
+                what=f"{folder}/{name}.txt",
+            )
     return {
         "bytes": _size(train) + _size(held_out),
         "train_documents": len(train),
@@ -165,38 +181,3 @@ def split_documents(found: Sequence[tuple[str, list[str]]]) -> tuple[Documents, 
     seen = {sentence.lower() for document in train for sentence in document}
     kept = ([s for s in document if s.lower() not in seen] for document in held_out)
     return train, [document for document in kept if document]
-
-
-def _tokenize(documents: Documents, words: vocabulary.Vocabulary) -> list[list[list[int]]]:
-    ids = iter(words.tokenize([sentence for document in documents for sentence in document]))
-    tokenized = ([i for _ in document if (i := next(ids))] for document in documents)
-    return [document for document in tokenized if document]
-
-
-def _write(
-    documents: Documents,
-    words: vocabulary.Vocabulary,
-    settings: examples.ExampleSettings,
-    seed: int,
-    prefix: str,
-    num_shards: int,
-) -> None:
-    tokenized = _tokenize(documents, words)
-    total = settings.dupe_factor * sum(len(s) for document in tokenized for s in document)
-    serialized = []
-    with console.progress("Making records", total, " tokens", scale=True) as bar:
-        for example in examples.build_examples(tokenized, words, settings, seed):
-            serialized.append(examples.serialize(example))
-            bar.update(min(sum(example["input_mask"]), total - bar.n))
-        bar.update(total - bar.n)
-    random.Random(seed).shuffle(serialized)
-    _write_shards(serialized, prefix, num_shards)
-
-
-def _write_shards(serialized: Sequence[bytes], prefix: str, num_shards: int) -> None:
-    for shard in range(num_shards):
-        path = f"{prefix}-{shard:05d}-of-{num_shards:05d}.tfrecord"
-        with tf.io.TFRecordWriter(path) as writer:
-            rows: Iterable[bytes] = serialized[shard::num_shards]
-            for row in rows:
-                writer.write(row)

@@ -112,13 +112,13 @@ def eval_dataset(
 
 
 def shards_in_use(records: RecordSet, plan: BatchPlan, seed: int, step: int) -> list[str]:
-    """Returns the files that are read at a step, and after them those that are read later."""
+    """Returns the files that are read at a step: of each lane the current one and the next."""
     lanes = Lanes(records, seed)
     record = step * plan.global_batch_size // len(lanes)
     orders = [lanes.shards_at(lane, record) for lane in range(len(lanes))]
-    longest = max(map(len, orders))
-    turns = [order[i] for i in range(longest) for order in orders if i < len(order)]
-    return list(dict.fromkeys([*turns, *(s.path for s in records.shards if s.records)]))
+    return list(
+        dict.fromkeys(path for turn in range(2) for o in orders for path in o[turn : turn + 1])
+    )
 
 
 def _finish(

@@ -94,8 +94,12 @@ class Lanes:
 
     def shards_at(self, lane: int, record: int) -> list[str]:
         """Returns the files of a lane in the order in which it visits them from a record on."""
-        order, _, first, _ = self._epoch(tf.constant(lane, tf.int64), *self._locate(lane, record))
-        return [self._paths[shard] for shard in order.numpy()[int(first) :]]
+        lane = tf.constant(lane, tf.int64)
+        epoch, offset = self._locate(lane, record)
+        order, _, first, _ = self._epoch(lane, epoch, offset)
+        following = self._epoch(lane, epoch + 1, tf.zeros_like(offset))[0]
+        shards = [*order.numpy()[int(first) :], *following.numpy()]
+        return [self._paths[shard] for shard in shards]
 
     def _locate(self, lane, record) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns (epoch, record in the epoch) of a record of a lane."""

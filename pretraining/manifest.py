@@ -9,6 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from pretraining import files
 from pretraining.errors import InputError
 from pretraining.files import why
 from pretraining.record_format import RecordFormat
@@ -21,10 +22,8 @@ FORMAT = 1
 
 def write(folder: str, values: dict[str, Any]) -> None:
     """Writes `manifest.json`, which is whole or not there."""
-    unfinished = f"{folder}/.{NAME}.unfinished"
-    with tf.io.gfile.GFile(unfinished, "w") as file:
-        json.dump({"format": FORMAT, **values}, file, indent=1)
-    tf.io.gfile.rename(unfinished, f"{folder}/{NAME}", overwrite=True)
+    text = json.dumps({"format": FORMAT, **values}, indent=1)
+    files.write(posixpath.join(folder, NAME), text + "\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +103,12 @@ def read(folder: str, flag: str) -> Manifest | None:
     return manifest
 
 
-def manifests_of(files: Sequence[str], flag: str) -> list[Manifest] | None:
+def manifests_of(paths: Sequence[str], flag: str) -> list[Manifest] | None:
     """Returns the manifests that know all of these files, None where one is in no manifest."""
     found = []
-    for folder in sorted({posixpath.dirname(path) for path in files}):
+    for folder in sorted({posixpath.dirname(path) for path in paths}):
         manifest = read(folder, flag)
-        here = {path for path in files if posixpath.dirname(path) == folder}
+        here = {path for path in paths if posixpath.dirname(path) == folder}
         if manifest is None or not {posixpath.basename(p) for p in here} <= _names(manifest):
             return None
         found.append(manifest)
@@ -120,24 +119,24 @@ def _names(manifest: Manifest) -> set[str]:
     return {posixpath.basename(path) for path in manifest.shards()}
 
 
-def missing_files(patterns: str, files: Sequence[str], flag: str) -> None:
+def missing_files(patterns: str, found: Sequence[str], flag: str) -> None:
     """Refuses a set of which a file in the manifest is not there.
 
     Args:
       patterns: what the flag said, in which folders and globs stand for all that they match.
-      files: what was found.
+      found: what was found.
       flag: named in the error message.
 
     Raises:
       InputError: names the file that is missing.
     """
-    folders = {posixpath.dirname(path) for path in files} | {
+    folders = {posixpath.dirname(path) for path in found} | {
         pattern.strip().rstrip("/") for pattern in patterns.split(",")
     }
     for folder in sorted(folders):
         manifest = read(folder, flag)
         for path, shard in manifest.shards().items() if manifest else ():
-            if path not in files and _asked_for(path, patterns, folder):
+            if path not in found and _asked_for(path, patterns, folder):
                 raise InputError(
                     f"{flag}={path}: expected the file with {shard.records} records that "
                     f"{manifest.path} lists. Received: no such file"
@@ -150,7 +149,7 @@ def _asked_for(path: str, patterns: str, folder: str) -> bool:
 
 
 def record_set(
-    files: Sequence[str], manifests: Sequence[Manifest], vocab_size: int, flag: str
+    paths: Sequence[str], manifests: Sequence[Manifest], vocab_size: int, flag: str
 ) -> RecordSet:
     """Returns the set of records that these files are, by their manifests alone.
 
@@ -170,7 +169,7 @@ def record_set(
     if first.values["masking"] == "dynamic":
         masking = DynamicMasking(first.values["masked_lm_prob"], first.values["do_whole_word_mask"])
     return RecordSet(
-        shards=tuple(known[path] for path in files),
+        shards=tuple(known[path] for path in paths),
         window=first.values["window"],
         keys=first.values["keys"],
         label_counts=sum(dense_counts(m.values["label_counts"], vocab_size) for m in manifests),

@@ -9,6 +9,7 @@ import tf_keras
 from official.nlp.modeling import layers, models, networks
 
 from pretraining.errors import InputError
+from pretraining.files import why
 
 ACTIVATIONS = ("gelu", "relu", "tanh", "linear")  # those of google-research/bert
 
@@ -93,7 +94,7 @@ def read_bert_config(path: str) -> BertConfig:
         known = {field.name for field in dataclasses.fields(BertConfig)}
         config = BertConfig(**{key: value for key, value in values.items() if key in known})
     except tf.errors.OpError as error:
-        raise InputError(f"--bert_config_file={path}: cannot be read ({error.message})") from None
+        raise InputError(f"--bert_config_file={path}: {why(error, path, 'read')}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise InputError(f"--bert_config_file={path}: expected JSON. Received: {error}") from None
     except ValueError as error:

@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from pretraining import files
 from pretraining.config import Config
 from pretraining.errors import InputError
 
@@ -36,21 +37,27 @@ class RunDirectory:
         return f"{self.path}/{name}"
 
     def create(self) -> None:
-        """Makes the folder and proves that it can be written to.
+        """Makes the folder and proves that files in it can be written, read, listed and deleted.
 
         Raises:
-          InputError: it cannot.
+          InputError: they cannot.
         """
-        probe = self.join(".write_test")
+        probe, done = self.join(".write_test"), "written"
         try:
-            tf.io.gfile.makedirs(self.path)
+            files.make_folder(self.path)
             with tf.io.gfile.GFile(probe, "w") as file:
                 file.write("x")
+            done = "read"
+            with tf.io.gfile.GFile(probe) as file:
+                file.read()
+            done = "listed"
+            tf.io.gfile.glob(self.join("*"))
+            done = "deleted"
             tf.io.gfile.remove(probe)
         except tf.errors.OpError as error:
             raise InputError(
                 f"--output_dir={self.path}: expected a folder that can be written to. "
-                f"Received: {error.message}"
+                f"Received: one in which files {files.why(error, probe, done)}"
             ) from None
 
     @contextlib.contextmanager
@@ -60,7 +67,7 @@ class RunDirectory:
         Raises:
           InputError: another process trains here.
         """
-        if "://" in self.path:
+        if files.on_gcs(self.path):
             yield
             return
         with open(self.join(".lock"), "a+") as file:
@@ -81,13 +88,13 @@ class RunDirectory:
         """Returns the content of a JSON file of the run, None where there is none.
 
         Raises:
-          InputError: the file is there and is no JSON.
+          InputError: the file is there and is no JSON, or cannot be read.
         """
-        if not tf.io.gfile.exists(self.join(name)):
+        content = files.read(self.join(name), "--output_dir")
+        if content is None:
             return None
         try:
-            with tf.io.gfile.GFile(self.join(name)) as file:
-                values = json.load(file)
+            values = json.loads(content)
         except ValueError:
             values = None
         if not isinstance(values, dict):
@@ -113,12 +120,9 @@ class RunDirectory:
         return values
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
-        """Writes a JSON file under another name first, so that it is whole or not there."""
-        unfinished = self.join(f"{name}.unfinished")
+        """Writes a JSON file so that it is whole or not there."""
         with writing(self.join(name)):
-            with tf.io.gfile.GFile(unfinished, "w") as file:
-                file.write(json.dumps(values, indent=2) + "\n")
-            tf.io.gfile.rename(unfinished, self.join(name), overwrite=True)
+            files.write(self.join(name), json.dumps(values, indent=2) + "\n")
 
     def check_identity(self, identity: dict[str, Any], mode: str) -> None:
         """Refuses to go on with a run that was another one.
@@ -178,9 +182,9 @@ def writing(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, tf.errors.OpError) as error:
-        cause = " ".join(str(error).split())[:200]
         raise InputError(
-            f"--output_dir: {path} cannot be written ({cause}). What was written before is intact"
+            f"--output_dir: {path} {files.why(error, path, 'written')}. "
+            "What was written before is intact"
         ) from None
 
 
@@ -194,17 +198,13 @@ class MetricsLog:
     def __init__(self, path: str, start_step: int):
         """Opens the log and drops what an earlier start wrote beyond `start_step`."""
         self._path = path
-        kept = []
-        if tf.io.gfile.exists(path):
-            with tf.io.gfile.GFile(path, "rb") as file:
-                lines = file.read().decode(errors="replace").splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line) <= start_step]
+        before = (files.read(path, "--output_dir") or b"").decode(errors="replace")
+        lines = before.splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) <= start_step]
         self.last: dict[str, float] = json.loads(kept[-1]) if kept else {}
         self.last.pop("step", None)
-        with writing(path):  # under another name first: a kill in this moment loses nothing
-            with tf.io.gfile.GFile(f"{path}.unfinished", "w") as file:
-                file.write("".join(kept))
-            tf.io.gfile.rename(f"{path}.unfinished", path, overwrite=True)
+        with writing(path):
+            files.write(path, "".join(kept))
             self._file = tf.io.gfile.GFile(path, "a")
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -212,11 +212,12 @@ class MetricsLog:
         self.last = metrics
         with writing(self._path):
             self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-            self._file.flush()
+            self._file.flush()  # on gs:// this uploads all of it anew
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
 
 
 def _step_of(line: str) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from pretraining import console, found_data, model
+from pretraining import console, files, found_data, model
 from pretraining.batch_plan import BatchPlan, plan_evaluation, plan_training
 from pretraining.config import Config
 from pretraining.data import Data, given_files, read_data
@@ -16,6 +16,7 @@ from pretraining.session import Session
 from tpu.strategy import DeviceError, create_strategy, describe
 
 
+@files.explained()
 def run(config: Config) -> None:
     """Does what the configuration asks for.
 
@@ -61,8 +62,8 @@ def run(config: Config) -> None:
     with directory.lock() if config.mode != "eval" else contextlib.nullcontext():
         if data is None:
             with writing(directory.join("data")):
-                files = found_data.prepare(config)
-            data = read_data(files, config, bert, directory)
+                own_files = found_data.prepare(config)
+            data = read_data(own_files, config, bert, directory)
             directory.check_identity(_with_data(identity, data), config.mode)
         if config.mode != "eval":
             data.remember(directory)

@@ -1,7 +1,7 @@
-"""WordPiece vocabularies: learnt, read, checked, applied.
+"""WordPiece vocabularies: read, checked, written, applied.
 
 The file format is BERT's: one token a line, the line number counted from zero is the id.
-Learning and tokenisation are tensorflow-text's.
+Tokenisation is tensorflow-text's.
 """
 
 import collections
@@ -10,16 +10,16 @@ import functools
 import hashlib
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import tensorflow as tf
 import tensorflow_text
-from tensorflow_text.python.ops.bert_tokenizer import BasicTokenizer
-from tensorflow_text.tools.wordpiece_vocab import wordpiece_tokenizer_learner_lib as learner
 
+from pretraining import files
 from pretraining.errors import InputError
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+UNKNOWN = "[UNK]"
+SPECIAL_TOKENS = ("[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]")
 LINES_AT_ONCE = 2000
-SLACK = 0.05  # part of the size that a learnt vocabulary may fall short of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +45,53 @@ class Vocabulary:
         """Hexadecimal digest of the vocabulary, whatever the file's line endings were."""
         return hashlib.sha256("\n".join(self.tokens).encode()).hexdigest()
 
-    def tokenize(self, lines: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of each line, lower-cased and stripped of accents."""
-        ids = []
+    def tokenize(self, lines: Sequence[str], do_lower_case: bool = True) -> list[list[int]]:
+        """Returns the token ids of each line.
+
+        Args:
+          lines: any text.
+          do_lower_case: lower-case the text and strip its accents first.
+        """
+        ids, lengths = self.tokenize_flat(lines, do_lower_case)
+        ids, ends = ids.tolist(), np.cumsum(lengths).tolist()
+        return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+    def tokenize_flat(
+        self, lines: Sequence[str], do_lower_case: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the token ids of all lines as one array, much sooner than as lists.
+
+        Args:
+          lines: any text.
+          do_lower_case: lower-case the text and strip its accents first.
+
+        Returns:
+          (ids, lengths): int32 [tokens] and int64 [lines], how many of them belong to each line.
+        """
+        tokenizer = self._uncased if do_lower_case else self._cased
+        ids, lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
         for start in range(0, len(lines), LINES_AT_ONCE):
-            batch = tf.constant(lines[start : start + LINES_AT_ONCE])
-            ids += self._tokenizer.tokenize(batch).to_list()
-        return ids
+            tokens = tokenizer.tokenize(tf.constant(lines[start : start + LINES_AT_ONCE]))
+            ids.append(tokens.flat_values.numpy())
+            lengths.append(tokens.row_lengths().numpy())
+        return np.concatenate(ids), np.concatenate(lengths)
 
     @functools.cached_property
-    def _tokenizer(self) -> tensorflow_text.FastBertTokenizer:
+    def _uncased(self) -> tensorflow_text.FastBertTokenizer:
+        return self._tokenizer(lower_case_nfd_strip_accents=True)
+
+    @functools.cached_property
+    def _cased(self) -> tensorflow_text.FastBertTokenizer:
+        return self._tokenizer(lower_case_nfd_strip_accents=False)
+
+    def _tokenizer(self, **options: bool) -> tensorflow_text.FastBertTokenizer:
         return tensorflow_text.FastBertTokenizer(
-            vocab=list(self.tokens), token_out_type=tf.int32, lower_case_nfd_strip_accents=True
+            vocab=list(self.tokens), token_out_type=tf.int32, **options
         )
+
+    def __reduce__(self) -> tuple:
+        # The tokenisers above cannot be sent to another process; it makes its own.
+        return Vocabulary, (self.tokens,)
 
 
 def read_vocabulary(path: str, flag: str = "--vocab_file") -> Vocabulary:
@@ -73,12 +107,13 @@ def read_vocabulary(path: str, flag: str = "--vocab_file") -> Vocabulary:
     if tf.io.gfile.isdir(path):
         raise InputError(f"{flag}={path}: expected a file with a token a line. Received: a folder")
     try:
-        with tf.io.gfile.GFile(path) as file:
-            tokens = tuple(line.rstrip("\r\n") for line in file)
+        with tf.io.gfile.GFile(path) as file:  # its lines end, without a word, where reading fails
+            lines = file.read().split("\n")
+        tokens = tuple(line.rstrip("\r") for line in (lines if lines[-1] else lines[:-1]))
     except UnicodeDecodeError:
         raise InputError(f"{flag}={path}: expected a UTF-8 text file with a token a line") from None
     except tf.errors.OpError as error:
-        raise InputError(f"{flag}={path}: cannot be read ({error.message})") from None
+        raise InputError(f"{flag}={path}: {files.why(error, path, 'read')}") from None
     missing = [token for token in SPECIAL_TOKENS if token not in tokens]
     if missing:
         raise InputError(
@@ -93,61 +128,40 @@ def read_vocabulary(path: str, flag: str = "--vocab_file") -> Vocabulary:
     return Vocabulary(tokens)
 
 
-def count_words(lines: Sequence[str]) -> collections.Counter[str]:
-    """Counts the words of `lines` as BERT's tokeniser splits them: lower case, no accents."""
-    splitter = BasicTokenizer(lower_case=True)
-    counts: collections.Counter[bytes] = collections.Counter()
-    for start in range(0, len(lines), LINES_AT_ONCE):
-        words = splitter.tokenize(tf.constant(lines[start : start + LINES_AT_ONCE]))
-        counts.update(words.flat_values.numpy().tolist())
-    return collections.Counter({word.decode(): count for word, count in counts.items()})
+def check_new_file(path: str, flag: str, overwrite: bool) -> None:
+    """Checks that a file can be written, before the work that will fill it.
 
-
-def learn_vocabulary(word_counts: collections.Counter[str], size: int) -> Vocabulary:
-    """Learns a WordPiece vocabulary with tensorflow-text's learner.
-
-    Args:
-      word_counts: how often each word occurs in the training text.
-      size: the largest number of tokens; all characters are kept even where they are more.
-
-    Returns:
-      The special tokens, every character, and the most useful pieces of words.
+    Raises:
+      InputError: something stands there already, or its folder cannot be made.
     """
-    pivot = word_counts.most_common(size)[-1][1]
-    words = [(word, count) for word, count in word_counts.items() if count > 1 or pivot < 4]
-
-    def learn(threshold: int) -> list[str]:
-        return learner.learn(
-            words,
-            size,
-            list(SPECIAL_TOKENS),
-            lower_thresh=threshold,
-            upper_thresh=threshold,
-            max_token_length=24,
+    if files.is_file(path, flag) and not overwrite:
+        raise InputError(
+            f"{flag}={path}: expected a new file, or --overwrite beside it. Received: one that exists"
         )
-
-    # The learner takes the least count that a token must have; the higher, the fewer tokens, and
-    # each trial is one pass over the words. Its own bisection starts from ten million and may end
-    # above the size; the count of the word at place `size` is a better start.
-    too_low, enough = 0, 2 * pivot
-    tokens = learn(enough)
-    while len(tokens) > size and enough < sum(word_counts.values()):
-        too_low, enough = enough, 2 * enough
-        tokens = learn(enough)
-    while len(tokens) < (1 - SLACK) * size and enough - too_low > 1:
-        middle = (too_low + enough) // 2
-        trial = learn(middle)
-        if len(trial) > size:
-            too_low = middle
-        else:
-            enough, tokens = middle, trial
-    return Vocabulary(tuple(tokens))
+    if tf.io.gfile.isdir(path):
+        raise InputError(f"{flag}={path}: expected the name of a file. Received: a folder")
+    folder = path.rpartition("/")[0]
+    if folder:
+        try:
+            files.make_folder(folder)
+        except tf.errors.OpError as error:
+            raise InputError(f"{flag}={path}: {files.why(error, path, 'written')}") from None
 
 
-def write_vocabulary(vocabulary: Vocabulary, path: str) -> None:
-    """Writes a vocabulary in BERT's format to a local or gs:// path."""
-    with tf.io.gfile.GFile(path, "w") as file:
-        file.write("".join(f"{token}\n" for token in vocabulary.tokens))
+def write_vocabulary(vocabulary: Vocabulary, path: str, flag: str = "--vocab_file") -> None:
+    """Writes a vocabulary in BERT's format to a local or gs:// path, whole or not at all.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    folder, slash, name = path.rpartition("/")
+    unfinished = f"{folder}{slash}.{name}.unfinished"
+    try:
+        with tf.io.gfile.GFile(unfinished, "w") as file:
+            file.write("".join(f"{token}\n" for token in vocabulary.tokens))
+        tf.io.gfile.rename(unfinished, path, overwrite=True)
+    except tf.errors.OpError as error:
+        raise InputError(f"{flag}={path}: {files.why(error, path, 'written')}") from None
 
 
 def split_sentences(paragraphs: Iterable[str]) -> list[list[str]]:

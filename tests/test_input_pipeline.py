@@ -277,7 +277,12 @@ def test_an_id_beyond_the_vocabulary_stops_the_input(many):
             del batch
 
 
-def test_files_in_use_come_first_where_damage_is_looked_for(many):
+def test_damage_is_looked_for_in_the_files_that_a_step_reads(many):
     plan = BatchPlan(global_batch_size=2, num_replicas=1)
-    paths = input_pipeline.shards_in_use(many, plan, 7, 100)
-    assert sorted(paths) == sorted(shard.path for shard in many.shards)
+    together = dataclasses.replace(many, shards=many.shards[:7])  # one lane of seven files
+    for step in (0, 20, 100, 127, 128):
+        batch = global_batches(together, plan, step, 1)[0]
+        read = {many.shards[row[1] - 5].path for row in batch}
+        in_use = input_pipeline.shards_in_use(together, plan, 7, step)
+        assert read <= set(in_use) and len(in_use) <= 2
+    assert len(input_pipeline.shards_in_use(many, plan, 7, 100)) == 8

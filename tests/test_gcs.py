@@ -1,0 +1,371 @@
+"""Runs whose files are all on gs://, through TensorFlow's own client, and what goes wrong there."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from pretraining import files
+from pretraining.errors import InputError
+from pretraining.run_directory import MetricsLog, RunDirectory
+from tests.conftest import write_records
+from tests.gcs_server import ROOT, gcs  # noqa: F401
+from tests.test_run import assert_one_line, short, train
+
+OBJECTS = [f"storage.objects.{right}" for right in ("get", "list", "create", "delete")]
+
+
+@pytest.fixture
+def data(gcs, small_records):  # noqa: F811
+    """A folder in the test's bucket with the small records and their vocabulary."""
+    for path in [*small_records.folder.glob("*.tfrecord"), small_records.folder / "vocab.txt"]:
+        tf.io.gfile.copy(str(path), f"{gcs.bucket}/data/{path.name}")
+    return f"{gcs.bucket}/data"
+
+
+def flags_of(records, data, output_dir):
+    return [
+        *short(records, output_dir),
+        f"--input_files={data}/train-*.tfrecord",
+        f"--eval_files={data}/eval.tfrecord",
+        f"--vocab_file={data}/vocab.txt",
+    ]
+
+
+def metrics_of(gcs, output_dir):  # noqa: F811
+    lines = gcs.content(f"{output_dir}/metrics.jsonl").decode().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def at_step(monkeypatch, number, action):
+    """Does something right after the metrics of a step have been written."""
+    plain = MetricsLog.write
+
+    def write(log, step, metrics):
+        plain(log, step, metrics)
+        if step == number:
+            action()
+
+    monkeypatch.setattr(MetricsLog, "write", write)
+
+
+def test_a_run_on_gs_through_interruptions_and_failing_requests(
+    gcs,  # noqa: F811
+    data,
+    small_records,
+    monkeypatch,
+    capsys,
+):
+    out = f"{gcs.bucket}/runs/unbroken"
+    # The usual role for a bucket's objects does not let one ask for the bucket itself.
+    gcs.deny("storage.buckets.get")
+    assert train(*flags_of(small_records, data, out)) == 0
+    expected = metrics_of(gcs, out)
+    assert [line["step"] for line in expected] == [3, 6, 9, 12]
+    config = json.loads(gcs.content(f"{out}/config.json"))
+    assert config["flags"]["output_dir"] == out
+    summary = json.loads(gcs.content(f"{out}/summary.json"))
+    assert summary["checkpoint"] == f"{out}/checkpoints/ckpt-12"
+    written = [name.removeprefix("runs/unbroken/") for name in gcs.names(out)]
+    assert {"checkpoints/ckpt-6.index", "checkpoints/ckpt-12.index"} <= set(written)
+    assert not [name for name in written if "temp" in name or "unfinished" in name]
+    for kind in ("train", "eval"):
+        assert any(f"tensorboard/{kind}/events" in name for name in written)
+
+    before = {name: gcs.content(f"{gcs.bucket}/{name}") for name in gcs.names(out)}
+    capsys.readouterr()
+    assert train(*flags_of(small_records, data, out)) == 0
+    assert "This run is done: 12 updates." in capsys.readouterr().out
+    assert {name: gcs.content(f"{gcs.bucket}/{name}") for name in gcs.names(out)} == before
+
+    out = f"{gcs.bucket}/runs/broken"
+    flags = flags_of(small_records, data, out)
+    gcs.deny()
+    gcs.fail_every(7)
+    with monkeypatch.context() as patch:  # after the first checkpoint the right to write is lost
+        at_step(patch, 9, lambda: gcs.deny("storage.objects.create"))
+        assert train(*flags) == 2
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err + printed.out
+    last = printed.err.splitlines()[-1]
+    assert last.startswith("error: ") and "storage.objects.create" in last and "bucket-" in last
+    gcs.deny()
+    gcs.fail_every(7, after=True)
+    with monkeypatch.context() as patch:
+        at_step(patch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(*flags) == 0
+    printed = capsys.readouterr().out
+    assert "Going on from gs://" in printed and "SIGTERM: stopped after 9 of 12" in printed
+    assert train(*flags) == 0
+    assert {503, 308} < {request.status for request in gcs.requests()}
+    found = metrics_of(gcs, out)
+    assert [line["step"] for line in found] == [3, 6, 9, 12]
+    for one, other in zip(found, expected, strict=True):
+        for name in ("loss", "mlm_loss", "grad_norm", "learning_rate"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4)
+    ends = [
+        tf.train.load_checkpoint(f"{gcs.bucket}/runs/{n}/checkpoints/ckpt-12")
+        for n in ("unbroken", "broken")
+    ]
+    for name in ends[0].get_variable_to_shape_map():
+        if "VARIABLE_VALUE" in name and "model" in name:
+            np.testing.assert_allclose(*(e.get_tensor(name) for e in ends), rtol=1e-3, atol=1e-5)
+
+
+# What is taken away from whom, and what the line must hold.
+REFUSED = {
+    "no right to read": (("data", "get"), [], ["--input_files", "storage.objects.get"]),
+    "no right to list": (("data", "list"), [], ["--input_files", "storage.objects.list"]),
+    "vocabulary": (
+        ("words", "get"),
+        ["--vocab_file={words}/vocab.txt"],
+        ["--vocab_file", "storage.objects.get"],
+    ),
+    "output get": (("output", "get"), [], ["--output_dir", "storage.objects.get"]),
+    "output list": (("output", "list"), [], ["--output_dir", "storage.objects.list"]),
+    "output create": (("output", "create"), [], ["--output_dir", "storage.objects.create"]),
+    "output delete": (("output", "delete"), [], ["--output_dir", "storage.objects.delete"]),
+    "no input bucket": (
+        None,
+        ["--input_files=gs://nowhere/train-*"],
+        ["--input_files", "no such bucket: nowhere"],
+    ),
+    "no folder's bucket": (
+        None,
+        ["--input_files=gs://nowhere"],
+        ["--input_files", "no such bucket: nowhere"],
+    ),
+    "no input object": (
+        None,
+        ["--input_files={data}/none.tfrecord"],
+        ["--input_files", "none.tfrecord", "no file matches"],
+    ),
+    "no vocabulary": (
+        None,
+        ["--vocab_file={data}/none.txt"],
+        ["--vocab_file", "none.txt", "no such object"],
+    ),
+    "no vocabulary bucket": (
+        None,
+        ["--vocab_file=gs://nowhere/vocab.txt"],
+        ["--vocab_file", "no such bucket: nowhere"],
+    ),
+    "no bert config": (
+        None,
+        ["--bert_config_file={data}/none.json"],
+        ["--bert_config_file", "no such object"],
+    ),
+    "no output bucket": (
+        None,
+        ["--output_dir=gs://nowhere/run"],
+        ["--output_dir", "no such bucket: nowhere"],
+    ),
+    "no output bucket, deep": (
+        None,
+        ["--output_dir=gs://nowhere/a/b/run"],
+        ["--output_dir", "no such bucket: nowhere"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_is_named_in_one_line(gcs, data, small_records, capsys, case):  # noqa: F811
+    taken, more, words = REFUSED[case]
+    places = {"data": data}
+    for name in ("words", "output"):
+        places[name] = gcs.make_bucket(f"{gcs.bucket.removeprefix('gs://')}-{name}")
+    flags = flags_of(small_records, data, f"{places['output']}/run")
+    flags += [flag.format(**places) for flag in more]
+    if taken is not None:
+        place, right = taken
+        gcs.deny(f"storage.objects.{right}", bucket=places[place].removesuffix("/data"))
+        words = [*words, places[place].split("/")[2]]
+    before = len(gcs.requests())
+    assert train(*flags) == 2
+    assert_one_line(capsys.readouterr().err, words)
+    assert len(gcs.requests()) - before < 50  # refused for good: not tried again
+    assert [n for n in gcs.names(places["output"]) if n not in ("run/", "run/.write_test")] == []
+
+
+def test_no_answer_is_waited_for_and_then_named(gcs, data, small_records, capsys):  # noqa: F811
+    gcs.fail_every(1)
+    assert train(*flags_of(small_records, data, f"{gcs.bucket}/run")) == 2
+    words = ["--input_files", "no answer", "11 tries", "503"]
+    assert_one_line(capsys.readouterr().err, words)
+
+
+def test_files_are_found_by_any_pattern_in_few_requests(gcs):  # noqa: F811
+    b = gcs.bucket
+    names = [f"a/x-{i:02d}.tfrecord" for i in range(40)]
+    names += [
+        "a/.x-40.tfrecord",
+        "a/notes.txt",
+        "a/b/y.tfrecord",
+        "a/b.tfrecord/z.tfrecord",
+        "t.tfrecord",
+    ]
+    for name in names:
+        with tf.io.gfile.GFile(f"{b}/{name}", "w") as file:
+            file.write(name)
+    tf.io.gfile.mkdir(f"{b}/a/c.tfrecord")  # a folder by its marker alone
+    gcs.deny("storage.buckets.get")
+    before = len(gcs.requests())
+
+    def found(patterns, **options):
+        return [
+            p.removeprefix(f"{b}/") for p in files.find_files(patterns, "--input_files", **options)
+        ]
+
+    assert found(f"{b}/a/x-0*.tfrecord") == names[:10]
+    assert found(f"{b}/a") == found(f"{b}/a/") == names[:40]
+    assert found(f"{b}/a/*.tfrecord") == [names[40], *names[:40]]
+    assert found(f"{b}/a/*/*") == ["a/b.tfrecord/z.tfrecord", "a/b/y.tfrecord"]
+    assert found(b) == found(f"{b}/") == ["t.tfrecord"]
+    assert found(f"{b}/a", recursive=True) == sorted([*names[:40], *names[42:44]])
+    assert found(b, recursive=True, in_folder="*.txt") == ["a/notes.txt"]
+    assert found(f"{b}/t.tfrecord, {b}/a/b") == ["a/b/y.tfrecord", "t.tfrecord"]
+    assert files.is_file(f"{b}/t.tfrecord", "--x") and not files.is_file(f"{b}/a", "--x")
+    assert len(gcs.requests()) - before < 60
+    for patterns in (f"{b}/a/n*.tfrecord", f"{b}/none", f"{b}/t.tfrecord,{b}/none"):
+        with pytest.raises(InputError, match=r"--input_files=gs://\S+: .*no file matches"):
+            files.find_files(patterns, "--input_files")
+
+
+def test_a_listing_of_many_pages_is_read_to_its_end(gcs):  # noqa: F811
+    gcs.page_size(7)
+    for i in range(20):
+        with tf.io.gfile.GFile(f"{gcs.bucket}/x/{i:02d}", "w") as file:
+            file.write("x")
+    found = files.find_files(f"{gcs.bucket}/x/*", "--input_files")
+    assert found == [f"{gcs.bucket}/x/{i:02d}" for i in range(20)]
+
+
+def test_a_run_directory_on_gs(gcs):  # noqa: F811
+    directory = RunDirectory(f"{gcs.bucket}/a/run/")
+    directory.create()
+    directory.create()
+    assert gcs.names(gcs.bucket) == ["a/run/"]
+    assert directory.read_json("none.json") is None
+    for value in (1, 2):
+        directory.write_json("x.json", {"value": value})
+        assert directory.read_json("x.json") == {"value": value}
+    log = MetricsLog(directory.join("metrics.jsonl"), 0)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": float(step)})
+        assert [m["step"] for m in metrics_of(gcs, directory.path)] == list(range(1, step + 1))
+    log.close()
+    log = MetricsLog(directory.join("metrics.jsonl"), 2)  # a start from the checkpoint of step 2
+    assert log.last == {"loss": 2.0}
+    log.write(3, {"loss": 30.0})
+    log.close()
+    assert [m["loss"] for m in metrics_of(gcs, directory.path)] == [1, 2, 30]
+    root = RunDirectory(gcs.bucket)
+    root.create()
+    root.write_json("x.json", {"value": 3})
+    assert gcs.names(gcs.bucket) == ["a/run/", "a/run/metrics.jsonl", "a/run/x.json", "x.json"]
+
+
+def test_records_go_from_the_writer_to_the_reader(gcs, small_records):  # noqa: F811
+    """Beyond one block of TensorFlow's reader's buffer, and the writer's own copy on gs://."""
+    path = f"{gcs.bucket}/big.tfrecord"
+    content = np.random.default_rng(1).bytes(3 << 20)
+    with tf.io.TFRecordWriter(path) as writer:
+        for _ in range(3):
+            writer.write(content)
+    assert [r == content for r in tf.data.TFRecordDataset(path).as_numpy_iterator()] == [True] * 3
+    assert len(gcs.content(path)) == 3 * (len(content) + 16)
+    write_records(f"{gcs.bucket}/few.tfrecord", [[[5, 6, 7], [8, 9]]] * 4, small_records.words)
+    assert files.is_file(f"{gcs.bucket}/few.tfrecord", "--x")
+
+
+@pytest.mark.parametrize(
+    ("error", "done", "words"),
+    [
+        (
+            tf.errors.PermissionDeniedError(
+                None,
+                None,
+                'Error executing an HTTP request: HTTP response code 401 with body \'{\n"error": {\n'
+                '"code": 401,\n"message": "Anonymous caller does not have storage.objects.create '
+                "access to the Google Cloud Storage object.\"}}'\n\t when uploading gs://b/x",
+            ),
+            "written",
+            [
+                "cannot be written",
+                "credentials",
+                "storage.objects.create",
+                "bucket b",
+                "401: Anonymous",
+            ],
+        ),
+        (
+            tf.errors.PermissionDeniedError(
+                None,
+                None,
+                'Error executing an HTTP request: HTTP response code 403 with body \'{"error": {'
+                '"message": "The billing account is disabled."}}\' when reading gs://b/x',
+            ),
+            "listed",
+            ["bucket b refuses", "storage.objects.list", "403: The billing account is disabled."],
+        ),
+        (tf.errors.ResourceExhaustedError(None, None, "disk\nfull"), "written", ["disk full"]),
+        (OSError(28, "No space left on device"), "written", ["No space left"]),
+    ],
+)
+def test_why_is_a_line_that_says_what_to_do(error, done, words):
+    line = files.why(error, "gs://b/x", done)
+    assert "\n" not in line
+    for word in words:
+        assert word in line
+
+
+def test_what_comes_up_in_the_middle_of_something_names_the_path(gcs):  # noqa: F811
+    with tf.io.TFRecordWriter(f"{gcs.bucket}/x") as writer:
+        writer.write(b"x")
+    gcs.deny("storage.objects.get")
+    with (
+        pytest.raises(
+            InputError, match=r"^gs://bucket-\d+/x cannot be read: .*storage.objects.get"
+        ),
+        files.explained(),
+    ):
+        list(tf.data.TFRecordDataset(f"{gcs.bucket}/x"))
+    gcs.deny("storage.buckets.get")
+    with pytest.raises(InputError, match=r"403: .*storage.buckets.get"), files.explained():
+        tf.io.gfile.stat(gcs.bucket)
+    with pytest.raises(tf.errors.InvalidArgumentError), files.explained():
+        tf.reshape([1, 2], [3])
+
+
+def test_the_server_ends_with_a_process_that_is_killed():
+    program = (
+        "from tests.gcs_server import Gcs; g = Gcs(); print(g._process.pid, flush=True); input()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    server = int(process.stdout.readline())
+    os.kill(server, 0)
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        time.sleep(0.1)
+        status = re.search(r"State:\s+(\w)", _read(f"/proc/{server}/status"))
+        if status is None or status[1] == "Z":
+            return
+    raise AssertionError("the server lives on")
+
+
+def _read(path):
+    try:
+        with open(path) as file:
+            return file.read()
+    except OSError:
+        return ""
