@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from pretraining import array_files, corpus, examples, vocabulary
+from pretraining import array_files, corpus, examples
 from pretraining.examples import Examples, ExampleSettings
+from pretraining.sentence_splitting import split_sentences
 from pretraining.tokenized_documents import Documents, arrange, join, sample, without
 from pretraining.vocabulary import Vocabulary
 
@@ -62,7 +63,7 @@ def tokenize(
     lines = [line for _, document in documents for line in document]
     counts = np.array([len(document) for _, document in documents], np.int64)
     if not lines_are_sentences:
-        split = vocabulary.split_sentences(lines)
+        split = split_sentences(lines)
         found = np.concatenate([[0], np.cumsum([len(sentences) for sentences in split])])
         ends = np.concatenate([[0], np.cumsum(counts)])
         counts = np.diff(found[ends])

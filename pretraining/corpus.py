@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import tensorflow as tf
 
-from pretraining import files, text_formats, text_streams, vocabulary
+from pretraining import files, text_formats, text_streams
 from pretraining.errors import InputError
+from pretraining.sentence_splitting import split_sentences
 from pretraining.text_formats import FORMATS, Block, Part, Source, documents
 
 __all__ = ["FORMATS", "Block", "Part", "Source", "documents", "find_sources", "read_blocks"]
@@ -69,7 +70,7 @@ def _guess_format(path: str) -> str:
             if not newline or isinstance(json.loads(line)["text"], str):
                 return "jsonl"
     lines = [line for line in start.decode("utf-8", "replace").split("\n") if line.strip()]
-    sentences = sum(map(len, vocabulary.split_sentences(lines)))
+    sentences = sum(map(len, split_sentences(lines)))
     return "paragraphs" if sentences > SENTENCES_IN_A_LINE * len(lines) else "sentences"
 
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from pretraining import console, corpus, manifest, record_sets, vocabulary
 from pretraining.errors import InputError
-from pretraining.files import why
+from pretraining.files import make_folder, why
 from pretraining.make_data import DataConfig
 from pretraining.scratch_folder import ScratchFolder, differences
 
@@ -107,7 +107,7 @@ def begin(inputs: Inputs, output_dir: str, scratch: ScratchFolder) -> None:
             f"remove {scratch.path} and the records beside it"
         )
     try:
-        tf.io.gfile.makedirs(output_dir)
+        make_folder(output_dir)
         present = [n for n in tf.io.gfile.listdir(output_dir) if ".tfrecord" in n and n[0] != "."]
     except tf.errors.OpError as error:
         raise InputError(

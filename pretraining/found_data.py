@@ -24,6 +24,7 @@ from pretraining import (
 from pretraining.config import Config
 from pretraining.data import DataFiles
 from pretraining.errors import InputError
+from pretraining.sentence_splitting import split_sentences
 
 TARGET_BYTES = 4_500_000
 LEAST_BYTES = 3_000_000
@@ -52,7 +53,7 @@ def prepare(config: Config) -> DataFiles:
         unfinished = config.output_dir.rstrip("/") + "/.data_unfinished"
         if tf.io.gfile.exists(unfinished):
             tf.io.gfile.rmtree(unfinished)
-        tf.io.gfile.makedirs(unfinished)
+        files.make_folder(unfinished)
         facts = _make(unfinished, settings)
         with tf.io.gfile.GFile(f"{unfinished}/prepared.json", "w") as file:
             json.dump({**settings, **facts}, file, indent=2)
@@ -172,7 +173,7 @@ def split_documents(found: Sequence[tuple[str, list[str]]]) -> tuple[Documents, 
     Returns:
       (training documents, held-out documents), each a list of sentences.
     """
-    sentences = iter(vocabulary.split_sentences(p for _, paragraphs in found for p in paragraphs))
+    sentences = iter(split_sentences(p for _, paragraphs in found for p in paragraphs))
     train: Documents = []
     held_out: Documents = []
     for name, paragraphs in found:

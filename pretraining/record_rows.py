@@ -21,6 +21,7 @@ INT_FEATURES = (
     "next_sentence_labels",  # [1] 1 where B is from another document
 )
 FLOAT_FEATURES = ("masked_lm_weights",)  # [max_predictions_per_seq] 1 for real predictions
+SHARED_FEATURES = ("input_mask", "segment_ids", "masked_lm_weights", "next_sentence_labels")
 ROWS_AT_ONCE = 1024  # masked in one call of a compiled function
 
 Rows = dict[str, np.ndarray]  # [rows, values] of each feature
@@ -92,12 +93,49 @@ def masker(
 
 def serialize(example: Mapping[str, Sequence]) -> bytes:
     """Returns one example, a list of values for each feature, as a `tf.train.Example`."""
-    record = tf.train.Example()
-    features = record.features.feature
-    for name in INT_FEATURES:
-        if name in example:
-            features[name].int64_list.value.extend(example[name])
-    for name in FLOAT_FEATURES:
-        if name in example:
-            features[name].float_list.value.extend(example[name])
-    return record.SerializeToString(deterministic=True)
+    features = tf.train.Features()
+    for name, values in example.items():
+        _values(features, name).extend(values)
+    return _example(features.SerializeToString(deterministic=True))
+
+
+def serialize_rows(rows: Rows) -> list[bytes]:
+    """Returns what `serialize` returns for each row, in half the time.
+
+    A map in a message is its entries one after the other, so an entry that many rows share, such
+    as the mask of a full row, is encoded once.
+    """
+    columns = []
+    for name in sorted(rows):  # the order of a deterministic message
+        if name in SHARED_FEATURES:
+            columns.append([_shared_entry(name, row.tobytes()) for row in rows[name]])
+        else:
+            columns.append([_entry(name, row) for row in rows[name].tolist()])
+    return [_example(b"".join(entries)) for entries in zip(*columns, strict=True)]
+
+
+def _values(features: tf.train.Features, name: str):
+    feature = features.feature[name]
+    return (feature.float_list if name in FLOAT_FEATURES else feature.int64_list).value
+
+
+def _entry(name: str, values: Sequence) -> bytes:
+    features = tf.train.Features()
+    _values(features, name).extend(values)
+    return features.SerializeToString()
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _shared_entry(name: str, data: bytes) -> bytes:
+    dtype = np.float32 if name in FLOAT_FEATURES else np.int32
+    return _entry(name, np.frombuffer(data, dtype).tolist())
+
+
+def _example(features: bytes) -> bytes:
+    """Puts serialised features into an `Example`: field 1, a message, preceded by its length."""
+    head, length = bytearray(b"\x0a"), len(features)
+    while length > 127:
+        head.append(length & 127 | 128)
+        length >>= 7
+    head.append(length)
+    return bytes(head) + features

@@ -7,12 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import tensorflow as tf
-
 from pretraining import block_files, manifest, record_format, shards
 from pretraining.block_files import Making
 from pretraining.errors import InputError
 from pretraining.examples import ExampleSettings
+from pretraining.files import make_folder
 from pretraining.vocabulary import Vocabulary
 
 # What the bytes of records may depend on.
@@ -131,7 +130,7 @@ def make_records(
     """
     making = Making(vocabulary=words, do_lower_case=do_lower_case, settings=settings)
     arranged, counts = block_files.tokenize(making, list(enumerate(documents)), True)
-    tf.io.gfile.makedirs(folder)
+    make_folder(folder)
     writer, done = shards.ShardWriter(making, masking), []
     with tempfile.TemporaryDirectory() as scratch:
         facts = block_files.write_block(making, arranged, 0, f"{scratch}/block", counts)

@@ -186,9 +186,7 @@ class ShardWriter:
 
 
 def _write_rows(writer: tf.io.TFRecordWriter, rows: Rows, facts: dict[str, Any]) -> None:
-    values = {name: value.tolist() for name, value in rows.items()}
-    for example in zip(*values.values(), strict=True):
-        record = record_rows.serialize(dict(zip(values, example, strict=True)))
+    for record in record_rows.serialize_rows(rows):
         if facts["records"] % WINDOW == 0:
             facts["offsets"].append(facts["bytes"])
         writer.write(record)

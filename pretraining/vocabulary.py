@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -162,15 +162,3 @@ def write_vocabulary(vocabulary: Vocabulary, path: str, flag: str = "--vocab_fil
         tf.io.gfile.rename(unfinished, path, overwrite=True)
     except tf.errors.OpError as error:
         raise InputError(f"{flag}={path}: {files.why(error, path, 'written')}") from None
-
-
-def split_sentences(paragraphs: Iterable[str]) -> list[list[str]]:
-    """Splits each paragraph into sentences with tensorflow-text's sentence breaker."""
-    breaker = tensorflow_text.StateBasedSentenceBreaker()
-    # All white space as one ASCII space: the breaker cuts a no-break space in half.
-    paragraphs, sentences = [" ".join(p.split()) for p in paragraphs], []
-    for start in range(0, len(paragraphs), LINES_AT_ONCE):
-        batch = tf.constant(paragraphs[start : start + LINES_AT_ONCE])
-        for found in breaker.break_sentences(batch).to_list():
-            sentences.append([sentence.decode() for sentence in found])
-    return sentences

@@ -8,8 +8,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from pretraining import examples, tokenized_documents, vocabulary
+from pretraining import examples, record_rows, tokenized_documents, vocabulary
 from tests.conftest import WORDS, made_up_documents
 
 VOCABULARY = vocabulary.Vocabulary((*vocabulary.SPECIAL_TOKENS, *WORDS))
@@ -261,3 +262,24 @@ def test_the_same_seed_gives_the_same_examples():
         list(examples.build_examples(documents, VOCABULARY, SETTINGS, seed)) for seed in (5, 5, 6)
     )
     assert first == again != other
+
+
+def test_rows_are_serialised_as_protobuf_serialises_them():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 200, 64)
+    used = np.arange(200) < lengths[:, None]
+    rows = {
+        "input_ids": (rng.integers(0, 2**20, (64, 200)) * used).astype(np.int32),
+        "input_mask": used.astype(np.int32),
+        "masked_lm_weights": used[:, :20].astype(np.float32),
+        "next_sentence_labels": rng.integers(0, 2, (64, 1)).astype(np.int32),
+    }
+    for row, record in enumerate(record_rows.serialize_rows(rows)):
+        example = tf.train.Example()
+        for name, values in rows.items():
+            feature = example.features.feature[name]
+            kind = feature.float_list if "weights" in name else feature.int64_list
+            kind.value.extend(values[row].tolist())
+        assert record == example.SerializeToString(deterministic=True)
+        one = {name: values[row].tolist() for name, values in rows.items()}
+        assert record_rows.serialize(one) == record

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from pretraining import files
+from pretraining import files, inspect_data, make_data, make_vocab
 from pretraining.errors import InputError
 from pretraining.run_directory import MetricsLog, RunDirectory
 from tests.conftest import write_records
@@ -369,3 +369,38 @@ def _read(path):
             return file.read()
     except OSError:
         return ""
+
+
+def test_text_on_gs_becomes_the_records_that_it_becomes_on_disk(gcs, tmp_path, capsys):  # noqa: F811
+    """Vocabulary, records and manifest on gs://, one request in nine answered with a 503."""
+    rng = np.random.default_rng(0)
+    words = [f"word{chr(97 + i)}" for i in range(26)]
+    documents = [
+        "\n".join(" ".join(rng.choice(words, 9)) + "." for _ in range(12)) for _ in range(40)
+    ]
+    text = "\n\n".join(documents)
+    (tmp_path / "text.txt").write_text(text)
+    files.write(f"{gcs.bucket}/text/text.txt", text)
+    gcs.fail_every(9)
+    outputs = {}
+    for folder in (str(tmp_path), f"{gcs.bucket}"):
+        source = f"{folder}/text" if folder == gcs.bucket else f"{folder}/text.txt"
+        vocab = f"--vocab_file={folder}/vocab.txt"
+        learn = [f"--input={source}", f"--output={folder}/vocab.txt", "--vocab_size=120"]
+        assert make_vocab.main(["make_vocab", *learn]) == 0
+        make = [f"--input={source}", vocab, f"--output_dir={folder}/made", "--dupe_factor=2"]
+        make += ["--num_shards=2", "--max_seq_length=32", "--workers=1"]
+        assert make_data.main(["make_data", *make]) == 0, capsys.readouterr().err
+        inspect = [f"--input_files={folder}/made", vocab, "--examples=0"]
+        assert inspect_data.main(["inspect_data", *inspect]) == 0
+        names = sorted(n for n in tf.io.gfile.listdir(f"{folder}/made") if "tfrecord" in n)
+        outputs[folder] = {n: files.read(f"{folder}/made/{n}", "") for n in names}
+    local, remote = outputs.values()
+    assert len(local) == 2 and local == remote
+    assert any(status == 503 for *_, status in gcs.requests())
+    # What is complete is left alone; where nothing may be written, that is said.
+    assert make_data.main(["make_data", *make]) == 0
+    gcs.deny("storage.objects.create")
+    assert make_data.main(["make_data", *make, f"--output_dir={gcs.bucket}/other"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "storage.objects.create" in error and gcs.bucket.removeprefix("gs://") in error

@@ -29,14 +29,6 @@ def word_counts(sentences):
     return vocabulary_learning.count_words(sentences)
 
 
-def test_sentences_are_split_at_their_ends_and_no_character_is_cut():
-    paragraphs = ["Et voilà.\u00a0Où va-t-il?\u2003Là.", "Only one sentence is here."]
-    assert vocabulary.split_sentences(paragraphs) == [
-        ["Et voilà.", "Où va-t-il?", "Là."],
-        ["Only one sentence is here."],
-    ]
-
-
 @pytest.mark.parametrize("do_lower_case", [True, False])
 def test_words_are_counted_as_berts_tokenizers_split_them(sentences, do_lower_case, monkeypatch):
     # The original BERT keeps a character of three points whole.
