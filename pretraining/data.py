@@ -77,18 +77,28 @@ class Data:
 
         return mask
 
-    def explain(self, error: tf.errors.OpError, flag: str, files: Sequence[str]) -> InputError:
-        """Finds out which record made the input fail.
+    def train_fault(
+        self, error: tf.errors.OpError, plan: BatchPlan, seed: int, step: int
+    ) -> InputError:
+        """Finds out which record made the input of a step fail; TensorFlow names no file."""
+        paths = input_pipeline.shards_in_use(self.train, plan, seed, step)
+        return self._fault(error, "--input_files", self.train, paths)
 
-        Args:
-          error: what TensorFlow raised; it names no file.
-          flag: "--input_files" or "--eval_files".
-          files: where to look, the likeliest first.
-        """
-        known = self.train if flag == "--input_files" else self.held_out
+    def eval_fault(self, error: tf.errors.OpError) -> InputError:
+        """Finds out which held-out record made the evaluation fail."""
+        paths = [shard.path for shard in self.held_out.shards]
+        return self._fault(error, "--eval_files", self.held_out, paths)
+
+    def _fault(
+        self,
+        error: tf.errors.OpError,
+        flag: str,
+        known: records.RecordSet,
+        paths: Sequence[str],
+    ) -> InputError:
         console.say(f"{flag}: a record could not be used; looking for it")
         try:
-            for path in files:
+            for path in paths:
                 RecordCheck(record_format=self.record_format, flag=flag, known=known).run([path])
         except InputError as found:
             return InputError(

@@ -147,13 +147,8 @@ class Session:
                 with console.quiet():
                     controller.train(min(stops), checkpoint_at_completion=False)
             except input_pipeline.FAILURES as error:
-                raise self._data.explain(
-                    error,
-                    "--input_files",
-                    input_pipeline.shards_in_use(
-                        self._data.train, self._train_plan, config.seed, self.step
-                    ),
-                ) from None
+                found = self._data.train_fault(error, self._train_plan, config.seed, self.step)
+                raise found from None
             if _is_due(self.step, config.save_every_steps, end):
                 self._save()
             if self._data.held_out is not None and _is_due(self.step, self._eval_every, end):
@@ -209,8 +204,7 @@ class Session:
             with console.quiet():
                 output = controller.evaluate(steps)
         except input_pipeline.FAILURES as error:
-            files = [shard.path for shard in held_out.shards]
-            raise self._data.explain(error, "--eval_files", files) from None
+            raise self._data.eval_fault(error) from None
         output = {k: float(v) for k, v in output.items() if k != "steps_per_second"}
         if not math.isfinite(output["loss"]):
             raise diverged(self.step)

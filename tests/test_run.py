@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from pretraining import run
 from tests.conftest import LENGTH, made_up_documents, write_records
-from tests.test_manifest import damaged_at, write_manifest
+from tests.test_manifest import damaged_at, known_records  # noqa: F401
 from tests.test_records import rewritten, set_value
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -572,47 +572,41 @@ def test_help_lists_every_flag_without_importing_tensorflow(capsys):
         assert flag in printed
 
 
-@pytest.fixture
-def made_records(small_records, tmp_path):
-    """The training records in a folder of their own, with a manifest."""
-    folder = tmp_path / "made"
-    folder.mkdir()
-    names = [f"train-{i}.tfrecord" for i in range(3)]
-    for name in names:
-        shutil.copy(small_records.folder / name, folder)
-    write_manifest(folder, small_records.words, names)
-    return folder
-
-
 def test_damage_stops_the_run_by_file_and_record_and_may_be_skipped(
-    small_records, made_records, tmp_path, capsys
+    small_records,
+    known_records,  # noqa: F811
+    tmp_path,
+    capsys,
 ):
     flags = [f for f in short(small_records, tmp_path / "x", 24) if "input_files" not in f]
-    flags.append(f"--input_files={made_records}")
-    damaged_at(made_records / "train-2.tfrecord", 13)
+    flags.append(f"--input_files={known_records}")
+    damaged_at(known_records / "train-2.tfrecord", 13)
     assert train(*flags) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(
-        f"error: --input_files={made_records}/train-2.tfrecord: record 13 is damaged"
+        f"error: --input_files={known_records}/train-2.tfrecord: record 13 is damaged"
     )
     assert "--skip_corrupt_records" in error
     assert train(*flags, "--skip_corrupt_records") == 0
     printed = capsys.readouterr().out
-    assert f"Skipped: --input_files={made_records}/train-2.tfrecord: record 13" in printed
+    assert f"Skipped: --input_files={known_records}/train-2.tfrecord: record 13" in printed
     assert re.search(r"--input_files: 1 of \d+ records cannot be used", printed)
     assert metrics_of(tmp_path / "x")[-1]["corrupt_records"] == 1
     assert metrics_of(tmp_path / "x")[-1]["step"] == 24
 
 
 def test_an_id_beyond_the_vocabulary_stops_the_run_at_its_record(
-    small_records, made_records, tmp_path, capsys
+    small_records,
+    known_records,  # noqa: F811
+    tmp_path,
+    capsys,
 ):
-    path = made_records / "train-1.tfrecord"
+    path = known_records / "train-1.tfrecord"
     change = set_value("input_ids", 2, 65)
     rewritten(path, tmp_path / "changed", change, at=21)
     shutil.move(tmp_path / "changed", path)
     flags = [f for f in short(small_records, tmp_path / "x", 24) if "input_files" not in f]
-    assert train(*flags, f"--input_files={made_records}") == 2
+    assert train(*flags, f"--input_files={known_records}") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"{path}: record 21: expected input_ids to be ids of the vocabulary" in error
     assert "Received: 65 at place 2" in error
