@@ -7,12 +7,17 @@ an order drawn from (seed, e, lane, shard, window). So a restart opens one windo
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from pretraining.errors import InputError
+from pretraining.files import on_gcs
 from pretraining.record_reading import nested_records_from
 from pretraining.records import RecordSet
+
+READS_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,9 @@ def _damage(records: RecordSet, first_windows: np.ndarray) -> Damage:
             while source in bad and not bad[source].good:
                 source = (source + 1) % number
                 if source == index:
-                    raise ValueError(shard.path)
+                    raise InputError(
+                        f"{shard.path}: expected records. Received: none that is sound"
+                    )
             rows = min(records.window, shard.records - index * records.window)
             if source in bad:
                 runs = bad[source].runs
@@ -78,6 +85,7 @@ class Lanes:
         self._seed = seed
         self._window = records.window
         self._paths = [shard.path for shard in records.shards]
+        self._is_remote = any(map(on_gcs, self._paths))
         self._records = _int64([shard.records for shard in records.shards])
         self._windows = _int64([len(shard.offsets) for shard in records.shards])
         self._first_windows = np.cumsum(self._windows) - self._windows
@@ -138,7 +146,13 @@ class Lanes:
         numbers = tf.data.Dataset.from_tensor_slices(_int64(lanes))
         if len(lanes) == 1:
             return numbers.flat_map(read)
-        return numbers.interleave(read, cycle_length=len(lanes), block_length=1)
+        together: dict[str, Any] = {}
+        if self._is_remote:  # files far away are opened many at once; the order is the same
+            together = {
+                "num_parallel_calls": min(READS_AT_ONCE, len(lanes)),
+                "deterministic": True,
+            }
+        return numbers.interleave(read, cycle_length=len(lanes), block_length=1, **together)
 
     def in_order(self) -> tf.data.Dataset:
         """Every record once, in the order of the files."""

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 FRAME_BYTES = 16  # length, its checksum, the payload's checksum
 HEADER_BYTES = 12
-BUFFER_BYTES = 1 << 18
+BUFFER_BYTES = 1 << 19  # about a window of records
 RECORDS_AT_ONCE = 512
 HOPS = 8
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from pretraining import input_pipeline, record_checks
+from pretraining import input_pipeline, lanes, record_checks
 from pretraining.batch_plan import BatchPlan
 from pretraining.errors import InputError
 from pretraining.record_checks import RecordCheck
@@ -171,6 +171,13 @@ def test_lanes_give_the_same_batches_from_any_step_and_for_any_layout(many, batc
     rows = np.concatenate(whole)[: 8 * 36]
     if batch in (16, 4):
         assert len({(row[1], row[2]) for row in rows}) == 8 * 36
+
+
+def test_reading_many_files_at_once_changes_no_order(many, monkeypatch):
+    plan = BatchPlan(global_batch_size=16, num_replicas=1)
+    one_by_one = global_batches(many, plan, 5, 30)
+    monkeypatch.setattr(lanes, "on_gcs", lambda path: True)
+    np.testing.assert_array_equal(global_batches(many, plan, 5, 30), one_by_one)
 
 
 def test_a_host_opens_the_files_of_its_own_lanes_only(many, tmp_path):
