@@ -54,7 +54,10 @@ class Config:
     optimizer: str = flag("lamb", "the optimizer", identity=True, choices=OPTIMIZERS)
     learning_rate: float = flag(0.01, "peak learning rate", identity=True, above=0.0)
     warmup_steps: int = flag(
-        100, "updates of linear warm-up from zero to the peak", identity=True, at_least=0
+        -1,
+        "updates of linear warm-up from zero to the peak; -1 for 100, or an eighth of a short run",
+        identity=True,
+        at_least=-1,
     )
     num_train_steps: int = flag(800, "updates in all", identity=True, at_least=1)
     poly_power: float = flag(1.0, "power of the polynomial decay", identity=True, at_least=0.0)
@@ -108,6 +111,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_limits(self)
+        if self.warmup_steps == -1:
+            object.__setattr__(self, "warmup_steps", min(100, self.num_train_steps // 8))
         if self.warmup_steps >= self.num_train_steps:
             raise InputError(
                 f"--warmup_steps={self.warmup_steps}: expected less than --num_train_steps. "

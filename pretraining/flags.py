@@ -4,6 +4,7 @@ This module runs before TensorFlow is imported, so that a mistyped flag is answe
 """
 
 import dataclasses
+import importlib
 import math
 import sys
 from collections.abc import Sequence
@@ -92,7 +93,8 @@ def parse(argv: Sequence[str], program: str, settings: type[Settings]) -> Settin
             text += f" ({', '.join(limits['choices'])})"
         define(field.name, field.default, text, flag_values=values, module_name="flags")
     if {"--help", "-h", "--helpfull", "-help"}.intersection(argv[1:]):
-        print(f"python -m {program}\n{values.get_help()}")
+        about = importlib.import_module(program).__doc__ or ""
+        print(f"{about.strip()}\n{values.get_help()}")
         sys.exit(0)
     try:
         rest = values(list(argv))[1:]

@@ -60,7 +60,7 @@ def inspect(config: InspectConfig) -> int:
     if more > 0:
         console.say(f"... and {more} more")
     console.say(
-        f"{len(faults)} faults in {found.num_records} records"
+        f"Faults: {len(faults)}, in {found.num_records} records"
         if faults
         else f"Every one of the {found.num_records} records fits the vocabulary and its checksums."
     )
@@ -71,8 +71,9 @@ def _known(
     config: InspectConfig, paths: Sequence[str], words: Vocabulary, faults: list[str]
 ) -> tuple[RecordSet | None, RecordFormat]:
     """Returns what manifests say, None without, and the lengths that the records should have."""
-    manifests = manifest.manifests_of(paths, FLAG)
+    manifests = None
     try:
+        manifests = manifest.manifests_of(paths, FLAG)
         manifest.missing_files(config.input_files, paths, FLAG)
     except InputError as error:
         faults.append(str(error))

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pretraining import program
 from pretraining.errors import InputError
 from pretraining.flags import check_limits, flag
+from pretraining.text_formats import FORMATS, INPUT_FORMAT_HELP, INPUT_HELP
 
-FORMATS = ("auto", "sentences", "paragraphs", "wikiextractor", "jsonl")
 MASKING = ("static", "dynamic")
 # Flags that change nothing in what is written.
 FREE = ("input", "vocab_file", "output_dir", "workers", "work_dir")
@@ -24,17 +24,8 @@ FREE = ("input", "vocab_file", "output_dir", "workers", "work_dir")
 class DataConfig:
     """The flags of `python -m pretraining.make_data`, in the order in which `--help` lists them."""
 
-    input: str = flag(
-        "",
-        "text: comma-separated files, globs or folders (all files in them), local or gs://; "
-        ".gz and .bz2 are decompressed",
-    )
-    input_format: str = flag(
-        "auto",
-        "sentences: a sentence a line; paragraphs: a paragraph a line; both with a blank line "
-        "between documents. jsonl: an object with a text a line. auto: by each file's first bytes",
-        choices=FORMATS,
-    )
+    input: str = flag("", INPUT_HELP)
+    input_format: str = flag("auto", INPUT_FORMAT_HELP, choices=FORMATS)
     vocab_file: str = flag("", "WordPiece vocabulary, a token a line, local or gs://")
     output_dir: str = flag("", "folder for *.tfrecord and manifest.json, local or gs://")
     max_seq_length: int = flag(128, "tokens in an example", at_least=8, at_most=65535)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pretraining import program
 from pretraining.errors import InputError
 from pretraining.flags import check_limits, flag
-from pretraining.text_formats import FORMATS
+from pretraining.text_formats import FORMATS, INPUT_FORMAT_HELP, INPUT_HELP
 
 BLOCK_BYTES = 1 << 20
 
@@ -18,11 +18,7 @@ BLOCK_BYTES = 1 << 20
 class VocabConfig:
     """The flags of `python -m pretraining.make_vocab`, in the order in which `--help` lists them."""
 
-    input: str = flag(
-        "",
-        "text: comma-separated files, globs or folders (all files in them), local or gs://; "
-        ".gz and .bz2 are decompressed",
-    )
+    input: str = flag("", INPUT_HELP)
     output: str = flag("", "the vocabulary to write, local or gs://: a token a line")
     vocab_size: int = flag(
         30522,
@@ -32,13 +28,7 @@ class VocabConfig:
         at_most=1_000_000,
     )
     do_lower_case: bool = flag(True, "lower-case the text and strip its accents")
-    input_format: str = flag(
-        "auto",
-        "sentences: a sentence a line; paragraphs: a paragraph a line; both with a blank line "
-        "between documents. wikiextractor: its <doc> elements. jsonl: an object with a text a line. "
-        "auto: by each file's first bytes",
-        choices=FORMATS,
-    )
+    input_format: str = flag("auto", INPUT_FORMAT_HELP, choices=FORMATS)
     overwrite: bool = flag(False, "replace the file at --output if there is one")
 
     def __post_init__(self) -> None:

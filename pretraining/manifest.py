@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import itertools
 import json
 import posixpath
 from collections.abc import Sequence
@@ -91,7 +92,8 @@ def read(folder: str, flag: str) -> Manifest | None:
                 f"{flag}={path}: expected format {FORMAT}. Received: {values['format']}"
             )
         manifest = Manifest(folder, values)
-        manifest.shards()
+        for shard in manifest.shards().values():
+            _check_offsets(shard, values["window"])
         _ = [values[k] for k in ("window", "keys", "label_counts", "masking", "vocab")]
     except tf.errors.OpError as error:
         raise InputError(f"{flag}={path}: {why(error, path, 'read')}") from None
@@ -103,20 +105,38 @@ def read(folder: str, flag: str) -> Manifest | None:
     return manifest
 
 
+def _check_offsets(shard: Shard, window: int) -> None:
+    """Raises `ValueError` where the windows of a shard cannot be where the manifest says."""
+    places = [*shard.offsets, shard.size]
+    windows = -(-shard.records // window)
+    ascending = all(a < b for a, b in itertools.pairwise(places))
+    if len(shard.offsets) != windows or places[0] != 0 or not ascending:
+        raise ValueError(
+            f"{shard.path}: {windows} ascending offsets from 0 on are wanted for {shard.records} records"
+        )
+
+
 def manifests_of(paths: Sequence[str], flag: str) -> list[Manifest] | None:
-    """Returns the manifests that know all of these files, None where one is in no manifest."""
+    """Returns the manifests that know all of these files, None where one has no manifest.
+
+    Raises:
+      InputError: a manifest knows some of the files beside it and not others.
+    """
     found = []
     for folder in sorted({posixpath.dirname(path) for path in paths}):
         manifest = read(folder, flag)
-        here = {path for path in paths if posixpath.dirname(path) == folder}
-        if manifest is None or not {posixpath.basename(p) for p in here} <= _names(manifest):
+        known = set(manifest.shards()) if manifest else set()
+        here = [path for path in paths if posixpath.dirname(path) == folder]
+        unknown = [path for path in here if path not in known]
+        if manifest is None or len(unknown) == len(here):
             return None
+        if unknown:
+            raise InputError(
+                f"{flag}={unknown[0]}: expected one of the {len(known)} files that {manifest.path} lists. "
+                "Received: another one; name the files that are meant, or keep it elsewhere"
+            )
         found.append(manifest)
     return found
-
-
-def _names(manifest: Manifest) -> set[str]:
-    return {posixpath.basename(path) for path in manifest.shards()}
 
 
 def missing_files(patterns: str, found: Sequence[str], flag: str) -> None:

@@ -113,6 +113,12 @@ class RecordCheck:
                 f"{self.flag}={path}: expected the {known.records} records of the manifest.json "
                 f"beside it, checksum {known.crc32}. Received: {records}, checksum {checksum}"
             )
+        elif not damage and tuple(offsets) != known.offsets:
+            wrong = next(i for i, o in enumerate(offsets) if o != known.offsets[i])
+            self._report(
+                f"{self.flag}={path}: record {wrong * window}: expected at byte {known.offsets[wrong]}, "
+                f"as the manifest.json beside it says. Received: at byte {offsets[wrong]}"
+            )
         return dataclasses.replace(known, damaged=damage.windows())
 
     def _report(self, text: str) -> None:

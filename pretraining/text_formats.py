@@ -13,6 +13,16 @@ from collections.abc import Iterator
 from pretraining.errors import InputError
 
 FORMATS = ("auto", "sentences", "paragraphs", "wikiextractor", "jsonl")
+# What `--help` of the programs that read text says.
+INPUT_HELP = (
+    "text: comma-separated files, globs or folders (all files in them), local or gs://; .gz and .bz2 "
+    "are decompressed"
+)
+INPUT_FORMAT_HELP = (
+    "sentences: a sentence a line; paragraphs: a paragraph a line; both with a blank line between "
+    "documents. wikiextractor: its <doc> elements. jsonl: an object with a text a line. auto: by each "
+    "file's first bytes"
+)
 BLANK_LINE = re.compile(rb"\n[ \t\r\x0b\x0c]*\n")
 END_OF_ARTICLE = b"\n</doc>"
 _OTHER_SPACE = re.compile("[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")

@@ -114,6 +114,8 @@ def test_masks_drawn_while_training_are_shown_as_drawn(small_records, tmp_path, 
         (lambda f: change(f, NAMES[0], 4, set_value("input_ids", 3, 9)), [NAMES[0], "checksum"]),
         (lambda f: cut(f / NAMES[1], 11), [NAMES[1], "record 11 is damaged"]),
         (lambda f: other_vocabulary(f), ["--vocab_file: expected the vocabulary"]),
+        (lambda f: other_offset(f), [NAMES[1], "record 16: expected at byte"]),
+        (lambda f: shutil.copy(f / NAMES[0], f / "z.tfrecord"), ["z.tfrecord", "3 files that"]),
     ],
 )
 def test_damage_is_named_by_file_and_record(small_records, folder, capsys, damage, words):
@@ -134,7 +136,7 @@ def test_several_faults_are_all_found(small_records, folder, capsys):
     assert inspect(small_records, folder, "--max_faults=2") == 1
     printed = capsys.readouterr().out
     assert printed.count("FAULT") == 2 and "... and 2 more" in printed
-    assert "4 faults in" in printed  # the last one by the checksum of its file as well
+    assert "Faults: 4, in" in printed  # the last one by the checksum of its file as well
 
 
 def change(folder, name, at, how):
@@ -149,6 +151,14 @@ def cut(path, record):
     sizes = [len(r.numpy()) + 16 for r in tf.data.TFRecordDataset(str(path))]
     with open(path, "r+b") as file:
         file.truncate(sum(sizes[:record]) + 30)
+
+
+def other_offset(folder):
+    """Says in the manifest that a window begins elsewhere."""
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    values["shards"][1]["offsets"][1] += 5
+    path.write_text(json.dumps(values))
 
 
 def other_vocabulary(folder):

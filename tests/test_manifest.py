@@ -152,6 +152,7 @@ def test_another_file_under_the_same_name_is_refused(small_records, known_record
         ({"max_predictions_per_seq": 7}, [f"--max_predictions_per_seq={PREDICTIONS}: expected 7"]),
         ({"format": 2}, ["expected format 1. Received: 2"]),
         ({"keys": None, "shards": 3}, ["expected the manifest that make_data wrote"]),
+        ({"window": 8}, ["expected the manifest that make_data wrote", "ascending offsets"]),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(
@@ -170,12 +171,15 @@ def test_a_damaged_manifest_is_refused(small_records, known_records, tmp_path):
     assert f"--input_files={known_records}/manifest.json: expected the manifest" in text
 
 
-def test_records_beside_a_manifest_that_does_not_know_them_are_read(
+def test_a_file_beside_a_manifest_that_does_not_know_it_is_refused(
     small_records, known_records, tmp_path
 ):
     shutil.copy(small_records.folder / "eval.tfrecord", known_records)
-    data = read(small_records, known_records, tmp_path)
-    assert "input_files" in data.fresh and len(data.train.shards) == 4
+    text = refused(small_records, known_records, tmp_path)
+    assert f"--input_files={known_records}/eval.tfrecord: expected one of the 3 files" in text
+    # By its own name it is a set of records without a manifest.
+    data = read(small_records, known_records / "eval.tfrecord", tmp_path)
+    assert "input_files" in data.fresh and len(data.train.shards) == 1
 
 
 def test_files_are_named_as_the_flag_names_them(small_records, known_records, monkeypatch):

@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 
 from pretraining import run
+from pretraining.config import Config
 from tests.conftest import LENGTH, made_up_documents, write_records
 from tests.test_manifest import damaged_at, known_records  # noqa: F401
 from tests.test_records import rewritten, set_value
@@ -138,6 +139,12 @@ def test_two_virtual_replicas_train_the_same_weights_as_one(small_records, tmp_p
         np.testing.assert_allclose(two[name], value, atol=2e-6, err_msg=name)
     loss = [json.loads((tmp_path / n / "summary.json").read_text())["eval"] for n in "02"]
     assert loss[0]["mlm_loss"] == pytest.approx(loss[1]["mlm_loss"], rel=1e-5)
+
+
+def test_a_short_run_warms_up_for_an_eighth_of_it():
+    assert Config().warmup_steps == 100 and Config(num_train_steps=10**6).warmup_steps == 100
+    assert Config(num_train_steps=40).warmup_steps == 5
+    assert Config(num_train_steps=40, warmup_steps=0).warmup_steps == 0
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "adamw", "adam", "momentum", "adagrad"])
