@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from pretraining import console, files, input_pipeline, manifest, masking, records, vocabulary
+from pretraining import console, files, input_pipeline, manifest, records, vocabulary
 from pretraining.batch_plan import BatchPlan
 from pretraining.config import Config
 from pretraining.errors import InputError
@@ -63,19 +63,8 @@ class Data:
     def _masking(self, record_set: records.RecordSet, seed: int) -> input_pipeline.Masking | None:
         if record_set.masking is None:
             return None
-        table = masking.token_table(self.words)
-        settings = masking.MaskSettings(
-            masked_lm_prob=record_set.masking.masked_lm_prob,
-            do_whole_word_mask=record_set.masking.do_whole_word_mask,
-            max_predictions_per_seq=self.record_format.max_predictions_per_seq,
-        )
-
-        def mask(batch: input_pipeline.Features, positions: tf.Tensor) -> input_pipeline.Features:
-            keys = masking.row_keys(seed, positions)
-            ids, used = batch["input_word_ids"], batch["input_mask"]
-            return {**batch, **masking.mask_tokens(ids, used, keys, table, settings)}
-
-        return mask
+        places = self.record_format.max_predictions_per_seq
+        return input_pipeline.dynamic_masking(record_set.masking, self.words, places, seed)
 
     def train_fault(
         self, error: tf.errors.OpError, plan: BatchPlan, seed: int, step: int

@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pretraining import masking, record_rows, tokenized_documents
-from pretraining.record_rows import FLOAT_FEATURES, INT_FEATURES, serialize
+from pretraining.record_rows import serialize
 from pretraining.tokenized_documents import Documents, offsets_of
 from pretraining.vocabulary import Vocabulary
 
-__all__ = ["FLOAT_FEATURES", "INT_FEATURES", "serialize"]
+__all__ = ["serialize"]
 GATHERED_AT_ONCE = 1 << 14  # examples
 DRAWS_AT_ONCE = 4096
 

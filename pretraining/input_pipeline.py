@@ -4,6 +4,7 @@ Position p is the p-th row of the run; step s takes rows s * B to (s + 1) * B of
 size B, whatever the number of replicas or hosts. `lanes` says which record a row is.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -11,14 +12,40 @@ import tensorflow as tf
 
 from pretraining.batch_plan import BatchPlan
 from pretraining.lanes import Lanes
+from pretraining.masking import MaskSettings, mask_tokens, row_keys, token_table
 from pretraining.record_format import RecordFormat, features
-from pretraining.records import RecordSet
+from pretraining.records import DynamicMasking, RecordSet
+from pretraining.vocabulary import Vocabulary
 
 # What reading a damaged, changed or vanished file raises, and the checks of `_finish`.
 FAILURES = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
 Features = dict[str, tf.Tensor]
 # Masks rows that come without masks: features and the [rows] int64 positions of their rows.
 Masking = Callable[[Features, tf.Tensor], Features]
+
+
+def dynamic_masking(
+    settings: DynamicMasking, words: Vocabulary, max_predictions_per_seq: int, seed: int
+) -> Masking:
+    """Returns a function that draws the masks of rows from (seed, position).
+
+    Args:
+      settings: which part of the tokens, and which together.
+      words: the vocabulary of the rows.
+      max_predictions_per_seq: places for predictions in a row.
+      seed: source of every choice.
+    """
+    table = token_table(words)
+    masks = MaskSettings(
+        **dataclasses.asdict(settings), max_predictions_per_seq=max_predictions_per_seq
+    )
+
+    def mask(batch: Features, positions: tf.Tensor) -> Features:
+        keys = row_keys(seed, positions)
+        ids, used = batch["input_word_ids"], batch["input_mask"]
+        return {**batch, **mask_tokens(ids, used, keys, table, masks)}
+
+    return mask
 
 
 def train_dataset(

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from pretraining import console, files, manifest, masking, record_reading
+from pretraining import console, files, manifest, record_reading
 from pretraining.errors import InputError
+from pretraining.input_pipeline import dynamic_masking
 from pretraining.inspect_data import InspectConfig
-from pretraining.record_checks import RecordCheck
+from pretraining.record_checks import RecordCheck, decode_example
 from pretraining.record_format import RECORD_KEYS, RecordFormat
 from pretraining.record_statistics import RecordStatistics
 from pretraining.records import DynamicMasking, RecordSet
@@ -101,8 +102,8 @@ def _first_format(paths: Sequence[str], words: Vocabulary) -> RecordFormat:
         for _, _, payloads in record_reading.runs(path, tf.io.gfile.stat(path).length):
             for payload in payloads[:1]:
                 try:
-                    features = tf.train.Example.FromString(payload).features.feature
-                except Exception:  # protobuf's DecodeError, whose module depends on its version
+                    features = decode_example(payload).features.feature
+                except ValueError:
                     continue
                 lengths = {
                     name: next(
@@ -139,19 +140,10 @@ def _masked(
     example: dict[str, np.ndarray], settings: DynamicMasking, words: Vocabulary, seed: int
 ) -> dict[str, np.ndarray]:
     """Masks one example as the input pipeline would."""
-    ids = example["input_word_ids"]
-    masked = masking.mask_tokens(
-        tf.constant(ids[None], tf.int32),
-        tf.constant(example["input_mask"][None], tf.int32),
-        masking.row_keys(seed, tf.constant([0], tf.int64)),
-        masking.token_table(words),
-        masking.MaskSettings(
-            masked_lm_prob=settings.masked_lm_prob,
-            do_whole_word_mask=settings.do_whole_word_mask,
-            max_predictions_per_seq=len(ids),
-        ),
-    )
-    return {**example, **{name: value.numpy()[0] for name, value in masked.items()}}
+    mask = dynamic_masking(settings, words, len(example["input_word_ids"]), seed)
+    rows = {name: tf.constant(values[None], tf.int32) for name, values in example.items()}
+    masked = mask(rows, tf.constant([0], tf.int64))
+    return {name: values.numpy()[0] for name, values in masked.items()}
 
 
 def _follows(example: dict[str, np.ndarray]) -> str:

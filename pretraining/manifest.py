@@ -153,10 +153,11 @@ def missing_files(patterns: str, found: Sequence[str], flag: str) -> None:
     folders = {posixpath.dirname(path) for path in found} | {
         pattern.strip().rstrip("/") for pattern in patterns.split(",")
     }
+    there = set(found)
     for folder in sorted(folders):
         manifest = read(folder, flag)
         for path, shard in manifest.shards().items() if manifest else ():
-            if path not in found and _asked_for(path, patterns, folder):
+            if path not in there and _asked_for(path, patterns, folder):
                 raise InputError(
                     f"{flag}={path}: expected the file with {shard.records} records that "
                     f"{manifest.path} lists. Received: no such file"

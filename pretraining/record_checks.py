@@ -54,9 +54,10 @@ class RecordCheck:
         keys = self.known.keys if self.known else self._record_keys(files)
         window = self.known.window if self.known else max(LEAST_WINDOW, WINDOW // len(files))
         label_counts = np.zeros(self.record_format.vocab_size, np.int64)
+        known = {shard.path: shard for shard in self.known.shards} if self.known else {}
         shards = []
         for path in files:
-            shards.append(self._read(path, keys, window, label_counts))
+            shards.append(self._read(path, known.get(path), keys, window, label_counts))
             self.on_progress(shards[-1].size)
         if not any(shard.records for shard in shards):
             raise InputError(
@@ -67,9 +68,13 @@ class RecordCheck:
         return RecordSet(shards=tuple(shards), window=window, keys=keys, label_counts=label_counts)
 
     def _read(
-        self, path: str, keys: dict[str, str], window: int, label_counts: np.ndarray
+        self,
+        path: str,
+        known: Shard | None,
+        keys: dict[str, str],
+        window: int,
+        label_counts: np.ndarray,
     ) -> Shard:
-        known = next((s for s in self.known.shards if s.path == path), None) if self.known else None
         size, checksum, records = tf.io.gfile.stat(path).length, 0, 0
         offsets: list[int] = []
         damage = _Damage(window)
@@ -145,7 +150,7 @@ class RecordCheck:
                     self._report(self._damaged(path, first))
                     continue
                 try:
-                    present = set(_example(payloads[0]).features.feature)
+                    present = set(decode_example(payloads[0]).features.feature)
                 except ValueError:
                     present = set()
                 return _keys_of(present, f"{self.flag}={path}: record {first}")
@@ -218,7 +223,7 @@ class _Damage:
         )
 
 
-def _example(record: bytes) -> tf.train.Example:
+def decode_example(record: bytes) -> tf.train.Example:
     """Decodes a record; raises `ValueError` where it is no example."""
     try:
         return tf.train.Example.FromString(record)
@@ -242,7 +247,7 @@ def _keys_of(present: set[str], where: str) -> dict[str, str]:
 def _explain(record: bytes, keys: dict[str, str], record_format: RecordFormat, where: str) -> None:
     """Raises the error that fits a record which does not parse; returns if it does parse."""
     try:
-        example = _example(record)
+        example = decode_example(record)
     except ValueError:
         raise InputError(f"{where}: expected a tf.train.Example. Received: other bytes") from None
     for name, key in keys.items():

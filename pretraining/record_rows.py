@@ -12,15 +12,15 @@ import tensorflow as tf
 from pretraining import masking
 from pretraining.vocabulary import Vocabulary
 
-INT_FEATURES = (
-    "input_ids",  # [max_seq_length] token ids after masking, padded with [PAD]
-    "input_mask",  # [max_seq_length] 1 for tokens, 0 for padding
-    "segment_ids",  # [max_seq_length] 0 for [CLS] A [SEP], 1 for B [SEP], 0 for padding
-    "masked_lm_positions",  # [max_predictions_per_seq] places of the tokens to predict
-    "masked_lm_ids",  # [max_predictions_per_seq] the tokens that stood there
-    "next_sentence_labels",  # [1] 1 where B is from another document
-)
-FLOAT_FEATURES = ("masked_lm_weights",)  # [max_predictions_per_seq] 1 for real predictions
+# The features of a record; all are integers but the weights:
+#   input_ids [max_seq_length]: token ids after masking, padded with [PAD]
+#   input_mask [max_seq_length]: 1 for tokens, 0 for padding
+#   segment_ids [max_seq_length]: 0 for [CLS] A [SEP], 1 for B [SEP], 0 for padding
+#   masked_lm_positions [max_predictions_per_seq]: places of the tokens to predict
+#   masked_lm_ids [max_predictions_per_seq]: the tokens that stood there
+#   masked_lm_weights [max_predictions_per_seq]: 1 for real predictions
+#   next_sentence_labels [1]: 1 where B is from another document
+FLOAT_FEATURES = ("masked_lm_weights",)
 SHARED_FEATURES = ("input_mask", "segment_ids", "masked_lm_weights", "next_sentence_labels")
 ROWS_AT_ONCE = 1024  # masked in one call of a compiled function
 

@@ -18,12 +18,12 @@ import tensorflow as tf
 from pretraining import array_files, masking, record_rows
 from pretraining.block_files import Making
 from pretraining.examples import Examples
+from pretraining.record_reading import FRAME_BYTES
 from pretraining.record_rows import ROWS_AT_ONCE, Rows
 
 WINDOW = 1024  # records; the manifest tells where each window begins in its file
 TOKENS_AT_ONCE = 1 << 24  # of examples in memory
 _BIN_BITS = 20  # of a key, in the histogram of all keys
-_RECORD_FRAME = 16  # bytes that TFRecord adds to each record
 _KEYS = 1 << 64
 
 
@@ -192,7 +192,7 @@ def _write_rows(writer: tf.io.TFRecordWriter, rows: Rows, facts: dict[str, Any])
         writer.write(record)
         facts["crc32"] = zlib.crc32(record, facts["crc32"])
         facts["records"] += 1
-        facts["bytes"] += len(record) + _RECORD_FRAME
+        facts["bytes"] += len(record) + FRAME_BYTES
 
 
 def finish(facts: dict[str, Any], unfinished: str, path: str, note: str) -> None:
