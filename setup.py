@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lamb_tf/__init__.py").read
 
 PRETRAINING = [
     "absl-py",
+    "matplotlib",
     "sentencepiece",
     "tensorflow-text>=2.20",
     "tf-keras>=2.20",

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from pretraining.config import Config
 from pretraining.errors import InputError
+from pretraining.phases import Phase
 
 ROWS_PER_REPLICA = 32
 
@@ -39,31 +39,46 @@ class BatchPlan:
         )
 
 
-def plan_training(config: Config, num_replicas: int) -> BatchPlan:
-    """Works out the batches of training.
+def plan_training(phase: Phase, num_replicas: int, rows_that_fit: int) -> BatchPlan:
+    """Works out the batches of a phase.
+
+    Args:
+      phase: its global batch, and micro-batches where they are given.
+      num_replicas: replicas that share a batch.
+      rows_that_fit: rows of a micro-batch that fit into a replica's memory.
 
     Raises:
       InputError: the global batch does not divide by replicas and micro-batches.
     """
-    accumulation = config.accumulation_steps or 1
-    size = config.train_batch_size or ROWS_PER_REPLICA * num_replicas * accumulation
-    if size % (num_replicas * accumulation):
-        raise InputError(
-            f"--train_batch_size={size}: expected a multiple of {num_replicas} replicas x "
-            f"{accumulation} accumulation steps = {num_replicas * accumulation}"
+    size = phase.train_batch_size or ROWS_PER_REPLICA * num_replicas * (
+        phase.accumulation_steps or 1
+    )
+    if size % (num_replicas * max(1, phase.accumulation_steps)):
+        accumulation = (
+            f" x {phase.accumulation_steps} accumulation steps = "
+            f"{num_replicas * phase.accumulation_steps}"
+            if phase.accumulation_steps
+            else ""
         )
+        raise InputError(
+            f"--train_batch_size={size}: expected a multiple of {num_replicas} replicas{accumulation}"
+        )
+    rows = size // num_replicas
+    fitting = (d for d in range(1, rows + 1) if rows % d == 0 and rows // d <= rows_that_fit)
     return BatchPlan(
-        global_batch_size=size, num_replicas=num_replicas, accumulation_steps=accumulation
+        global_batch_size=size,
+        num_replicas=num_replicas,
+        accumulation_steps=phase.accumulation_steps or next(fitting, rows),
     )
 
 
-def plan_evaluation(config: Config, training: BatchPlan) -> BatchPlan:
-    """Works out the batches of evaluation, those of training where none are asked for.
+def plan_evaluation(eval_batch_size: int, training: BatchPlan) -> BatchPlan:
+    """Works out the batches of evaluation, a micro-batch of training where none are asked for.
 
     Raises:
       InputError: the global batch does not divide by the replicas.
     """
-    size = config.eval_batch_size or training.global_batch_size
+    size = eval_batch_size or training.per_replica_batch_size * training.num_replicas
     if size % training.num_replicas:
         raise InputError(
             f"--eval_batch_size={size}: expected a multiple of {training.num_replicas} replicas"

@@ -35,7 +35,14 @@ def quiet() -> Iterator[None]:
         _silenced.pop()
 
 
-def progress(description: str, total: int, unit: str, start: int = 0, scale: bool = False):
+def progress(
+    description: str,
+    total: int,
+    unit: str,
+    start: int = 0,
+    scale: bool = False,
+    delay: float = 0.0,
+):
     """Returns a `tqdm` bar on standard error: redrawn on a terminal, a line in 10 s in a log.
 
     Args:
@@ -44,6 +51,7 @@ def progress(description: str, total: int, unit: str, start: int = 0, scale: boo
       unit: what is counted, with the space before it: "B", " steps".
       start: how many were done before.
       scale: show 1.2M instead of 1200000.
+      delay: seconds before it appears, for what may be over by then.
     """
     terminal = sys.stderr.isatty()
     # A terminal that does not know its size, as in a container, would get no bar at all.
@@ -54,6 +62,7 @@ def progress(description: str, total: int, unit: str, start: int = 0, scale: boo
         initial=start,
         unit=unit,
         unit_scale=scale,
+        delay=delay,
         bar_format=BAR if terminal else LOG_LINE,
         mininterval=0.2 if terminal else 10.0,
         ncols=columns if terminal else None,

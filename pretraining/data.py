@@ -11,12 +11,14 @@ from pretraining.batch_plan import BatchPlan
 from pretraining.config import Config
 from pretraining.errors import InputError
 from pretraining.model import BertConfig
+from pretraining.phases import Phase
 from pretraining.record_checks import RecordCheck
 from pretraining.record_format import RecordFormat
 from pretraining.run_directory import RunDirectory, writing
 
 EVAL_MASKING_SEED = 0  # the same masks for every run
 Input = Callable[[tf.distribute.InputContext], tf.data.Dataset]
+LENGTH = "{max_seq_length}"  # in a path, stands for that of the phase
 SHOWN = 20  # skipped records named in the log
 
 
@@ -30,6 +32,7 @@ class Data:
       train: the training records, None for `--mode=eval`.
       held_out: the held-out records, None for `--mode=train`.
       fresh: the names of the flags whose records were checked just now.
+      phase: the phase that they are for, counted from 1.
     """
 
     words: vocabulary.Vocabulary
@@ -37,6 +40,7 @@ class Data:
     train: records.RecordSet | None
     held_out: records.RecordSet | None
     fresh: tuple[str, ...] = ()
+    phase: int = 1
 
     def train_input(self, plan: BatchPlan, seed: int, step: int) -> Input:
         """Returns the function that makes each host's batches from a step on."""
@@ -94,19 +98,28 @@ class Data:
                 f"{found}. --skip_corrupt_records goes on without such records; what was saved before "
                 "is intact"
             )
-        cause = " ".join(str(error.message).split())[:200]
-        return InputError(f"{flag}: the input failed ({cause}), and every record reads well now")
+        return InputError(
+            f"{flag}: the input failed ({_cause(error)}), and every record reads well now"
+        )
 
     def remember(self, directory: RunDirectory) -> None:
         """Keeps what the checks found, so that the next start need not repeat them."""
         for name in self.fresh:
             record_set = self.train if name == "input_files" else self.held_out
-            with writing(_cache(directory, name)):
-                records.write_cache(_cache(directory, name), record_set, self.record_format)
+            path = _cache(directory, name, self.phase)
+            with writing(path):
+                records.write_cache(path, record_set, self.record_format)
 
 
-def _cache(directory: RunDirectory, name: str) -> str:
-    return directory.join(f".checked_{name}.json")
+def _cause(error: tf.errors.OpError) -> str:
+    """What TensorFlow says behind the Python stack that it prints first."""
+    lines = [line.strip() for line in str(error.message).splitlines()]
+    stack = max((i for i, line in enumerate(lines) if line.startswith("File ")), default=-1)
+    return " ".join(line for line in lines[stack + 1 :] if line and line[0] != "[")[:300]
+
+
+def _cache(directory: RunDirectory, name: str, phase: int) -> str:
+    return directory.join(f".checked_{name}{f'_{phase}' if phase > 1 else ''}.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,16 +137,22 @@ class DataFiles:
     vocab_file: str
 
 
-def given_files(config: Config) -> DataFiles:
-    """Finds the files that the flags name.
+def given_files(config: Config, phase: Phase) -> DataFiles:
+    """Finds the files that the flags name for a phase.
 
     Raises:
       InputError: a pattern matches nothing.
     """
+
+    def of_phase(patterns: str) -> str:
+        return patterns.replace(LENGTH, str(phase.max_seq_length))
+
     train = config.input_files if config.mode != "eval" else ""
     held_out = config.eval_files if config.mode != "train" else ""
     return DataFiles(
-        _find(train, "--input_files"), _find(held_out, "--eval_files"), config.vocab_file
+        _find(of_phase(train), "--input_files"),
+        _find(of_phase(held_out), "--eval_files"),
+        config.vocab_file,
     )
 
 
@@ -145,8 +164,10 @@ def _find(patterns: str, flag: str) -> list[str]:
     return found
 
 
-def read_data(found: DataFiles, config: Config, bert: BertConfig, directory: RunDirectory) -> Data:
-    """Reads the vocabulary and checks every record, or finds that they were checked before.
+def read_data(
+    found: DataFiles, config: Config, phase: Phase, bert: BertConfig, directory: RunDirectory
+) -> Data:
+    """Reads the vocabulary and checks the records of a phase, or finds that they were checked before.
 
     Raises:
       InputError: names the flag, the file and the record that does not fit.
@@ -158,8 +179,8 @@ def read_data(found: DataFiles, config: Config, bert: BertConfig, directory: Run
             f"{len(words)} tokens of --vocab_file={found.vocab_file}. Received: {bert.vocab_size}"
         )
     record_format = RecordFormat(
-        max_seq_length=config.max_seq_length,
-        max_predictions_per_seq=config.max_predictions_per_seq,
+        max_seq_length=phase.max_seq_length,
+        max_predictions_per_seq=phase.max_predictions_per_seq,
         vocab_size=len(words),
         type_vocab_size=bert.type_vocab_size,
     )
@@ -168,7 +189,7 @@ def read_data(found: DataFiles, config: Config, bert: BertConfig, directory: Run
         paths = getattr(found, name)
         if paths:
             reader = _Reader(f"--{name}", paths, record_format, config.skip_corrupt_records)
-            checked[name], new = reader.read(words, _cache(directory, name))
+            checked[name], new = reader.read(words, _cache(directory, name, phase.number))
             fresh += [name] * new
     return Data(
         words=words,
@@ -176,6 +197,7 @@ def read_data(found: DataFiles, config: Config, bert: BertConfig, directory: Run
         train=checked.get("input_files"),
         held_out=checked.get("eval_files"),
         fresh=tuple(fresh),
+        phase=phase.number,
     )
 
 

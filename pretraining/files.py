@@ -249,5 +249,5 @@ def _cause(message: str) -> str:
     """What Google says in the body of an answer, JSON or XML, or the message itself."""
     code = re.search(r"HTTP response code (\d+)", message)
     said = re.search(r'"message": "([^"]+)', message) or re.search("<Details>([^<]+)", message)
-    text = f"{code[1]}: {said[1]}" if code and said else message
+    text = f"{code[1]}: {said[1]}" if code and said else re.sub(r"^\{\{.*?\}\} ?", "", message)
     return " ".join(text.split())[:300]

@@ -23,16 +23,20 @@ _DEFINE = {
 }
 
 
-def flag(default: Any, text: str, *, identity: bool = False, **limits: Any) -> Any:
+def flag(
+    default: Any, text: str, *, identity: bool = False, per_phase: bool = False, **limits: Any
+) -> Any:
     """A field that is a flag.
 
     Args:
       default: its default value; its type is the flag's type.
       text: what `--help` says.
       identity: whether another value makes another run of it (refused at a restart).
+      per_phase: whether it takes a comma-separated list as well, a value for each phase of a run;
+        it arrives as a tuple.
       **limits: `choices`, `at_least`, `above`, `below` or `at_most`.
     """
-    metadata = {"help": text, "identity": identity, "limits": limits}
+    metadata = {"help": text, "identity": identity, "per_phase": per_phase, "limits": limits}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -43,7 +47,9 @@ def check_limits(settings: Any) -> None:
       InputError: names the first flag that is out of its range.
     """
     for field in dataclasses.fields(settings):
-        _check_limits(field.name, getattr(settings, field.name), **field.metadata["limits"])
+        value = getattr(settings, field.name)
+        for each in value if isinstance(value, tuple) else (value,):
+            _check_limits(field.name, each, **field.metadata["limits"])
 
 
 def _check_limits(
@@ -78,7 +84,8 @@ def parse(argv: Sequence[str], program: str, settings: type[Settings]) -> Settin
       settings: the dataclass of its flags.
 
     Returns:
-      Valid settings. `--help` prints every flag and exits.
+      Valid settings, made by the class method `of_flags` where there is one. `--help` prints every
+      flag and exits.
 
     Raises:
       InputError: an unknown flag, a value of the wrong type or out of its range, a stray argument.
@@ -86,12 +93,14 @@ def parse(argv: Sequence[str], program: str, settings: type[Settings]) -> Settin
     # A set of our own: modules of tf-models define global flags under the same names.
     values = flags.FlagValues()
     for field in dataclasses.fields(settings):
-        define = _DEFINE[type(field.default)]
+        define, default = _DEFINE[type(field.default)], field.default
+        if field.metadata["per_phase"]:
+            define, default = flags.DEFINE_string, str(default)
         limits = field.metadata["limits"]
         text = field.metadata["help"]
         if "choices" in limits:
             text += f" ({', '.join(limits['choices'])})"
-        define(field.name, field.default, text, flag_values=values, module_name="flags")
+        define(field.name, default, text, flag_values=values, module_name="flags")
     if {"--help", "-h", "--helpfull", "-help"}.intersection(argv[1:]):
         about = importlib.import_module(program).__doc__ or ""
         print(f"{about.strip()}\n{values.get_help()}")
@@ -102,4 +111,21 @@ def parse(argv: Sequence[str], program: str, settings: type[Settings]) -> Settin
         raise InputError(" ".join(str(error).split())) from None
     if rest:
         raise InputError(f"expected flags of the form --name=value. Received: {' '.join(rest)}")
-    return settings(**{f.name: values[f.name].value for f in dataclasses.fields(settings)})
+    given = {}
+    for field in dataclasses.fields(settings):
+        if values[field.name].present:
+            value = values[field.name].value
+            given[field.name] = _list(field, value) if field.metadata["per_phase"] else value
+    return getattr(settings, "of_flags", settings)(**given)
+
+
+def _list(field: dataclasses.Field, text: str) -> tuple[Any, ...]:
+    kind = type(field.default)
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise InputError(
+            f"--{field.name}={text}: expected {what}, or a comma-separated list of them, one for each "
+            "phase"
+        ) from None

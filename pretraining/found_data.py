@@ -1,13 +1,15 @@
 """The data of a run without `--input_files`: found prose, made into records once.
 
 In `<output_dir>/data` stand `train.txt` and `eval.txt` (a sentence a line, a blank line between
-documents), `vocab.txt`, and the folders `train` and `eval` of records. They are made in a folder beside
+documents), `vocab.txt`, and the folders `train` and `eval` of records, for a run of several phases
+`train-128`, `eval-128` and so on, by their length. They are made in a folder beside
 it that gets this name when all is done, so what is there is whole.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -36,8 +38,8 @@ NUM_SHARDS = 4
 Documents = list[list[str]]  # the sentences of each document
 
 
-def prepare(config: Config) -> DataFiles:
-    """Makes records from the prose of this installation, or finds those made before.
+def prepare(config: Config) -> list[DataFiles]:
+    """Makes records from the prose of this installation, or finds those made before; by phase.
 
     Raises:
       InputError: the folder holds something else, or records that were made with other settings;
@@ -45,8 +47,8 @@ def prepare(config: Config) -> DataFiles:
     """
     folder = config.output_dir.rstrip("/") + "/data"
     settings = {
-        "max_seq_length": config.max_seq_length,
-        "max_predictions_per_seq": config.max_predictions_per_seq,
+        "max_seq_length": list(config.max_seq_length),
+        "max_predictions_per_seq": list(config.max_predictions_per_seq),
         "seed": config.seed,
     }
     if not tf.io.gfile.exists(folder) and config.mode != "eval":
@@ -54,14 +56,21 @@ def prepare(config: Config) -> DataFiles:
         if tf.io.gfile.exists(unfinished):
             tf.io.gfile.rmtree(unfinished)
         files.make_folder(unfinished)
-        facts = _make(unfinished, settings)
+        facts = _make(unfinished, config)
         with tf.io.gfile.GFile(f"{unfinished}/prepared.json", "w") as file:
             json.dump({**settings, **facts}, file, indent=2)
         tf.io.gfile.rename(unfinished, folder)
     return prepared_files(folder, settings)
 
 
-def prepared_files(folder: str, settings: dict[str, int]) -> DataFiles:
+def _parts(lengths: Sequence[int]) -> list[tuple[str, str]]:
+    """Returns the names of the folders of each phase."""
+    if len(lengths) == 1:
+        return [("train", "eval")]
+    return [(f"train-{length}", f"eval-{length}") for length in lengths]
+
+
+def prepared_files(folder: str, settings: dict[str, Any]) -> list[DataFiles]:
     """Returns the files that `prepare` made.
 
     Raises:
@@ -87,16 +96,16 @@ def prepared_files(folder: str, settings: dict[str, int]) -> DataFiles:
             "Expected those flags, or another --output_dir"
         )
     console.say(f"Data: {folder}, from {size / 1e6:.1f} MB of text")
-    train, held_out = (
-        files.find_files(f"{folder}/{part}", "--output_dir") for part in ("train", "eval")
-    )
-    for part, found in (("train", train), ("eval", held_out)):
-        manifest.missing_files(f"{folder}/{part}", found, "--output_dir")
-    return DataFiles(train, held_out, f"{folder}/vocab.txt")
+    phases = []
+    for parts in _parts(settings["max_seq_length"]):
+        train, held_out = (files.find_files(f"{folder}/{part}", "--output_dir") for part in parts)
+        for part, found in zip(parts, (train, held_out), strict=True):
+            manifest.missing_files(f"{folder}/{part}", found, "--output_dir")
+        phases.append(DataFiles(train, held_out, f"{folder}/vocab.txt"))
+    return phases
 
 
-def _make(folder: str, settings: dict[str, int]) -> dict[str, int]:
-    lengths = {name: value for name, value in settings.items() if name != "seed"}
+def _make(folder: str, config: Config) -> dict[str, int]:
     train, held_out = split_documents(_find())
     for name, documents in (("train", train), ("eval", held_out)):
         with tf.io.gfile.GFile(f"{folder}/{name}.txt", "w") as file:
@@ -113,21 +122,34 @@ def _make(folder: str, settings: dict[str, int]) -> dict[str, int]:
         )
         words = vocabulary_learning.learn_vocabulary(counts, VOCAB_SIZE)
     vocabulary.write_vocabulary(words, f"{folder}/vocab.txt")
-    for name, documents, shards, duplicates in (
-        ("train", train, NUM_SHARDS, DUPE_FACTOR),
-        ("eval", held_out, 1, 1),
-    ):
-        with console.timed(f"Records in {name}"):
-            record_sets.make_records(
-                documents,
-                words,
-                examples.ExampleSettings(
-                    dupe_factor=duplicates, random_seed=settings["seed"], **lengths
-                ),
-                f"{folder}/{name}",
-                num_shards=shards,
-                what=f"{folder}/{name}.txt",
-            )
+    # Phases of one length and number of predictions share their records.
+    kinds = dict.fromkeys(
+        zip(
+            _parts(config.max_seq_length),
+            config.max_seq_length,
+            config.max_predictions_per_seq,
+            strict=True,
+        )
+    )
+    for parts, length, predictions in kinds:
+        for name, documents, shards, duplicates in (
+            (parts[0], train, NUM_SHARDS, DUPE_FACTOR),
+            (parts[1], held_out, 1, 1),
+        ):
+            with console.timed(f"Records in {name}"):
+                record_sets.make_records(
+                    documents,
+                    words,
+                    examples.ExampleSettings(
+                        dupe_factor=duplicates,
+                        random_seed=config.seed,
+                        max_seq_length=length,
+                        max_predictions_per_seq=predictions,
+                    ),
+                    f"{folder}/{name}",
+                    num_shards=shards,
+                    what=f"{folder}/{name.split('-')[0]}.txt",
+                )
     return {
         "bytes": _size(train) + _size(held_out),
         "train_documents": len(train),

@@ -1,82 +1,149 @@
 """What happens on the host after each loop on the device."""
 
+import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import tensorflow as tf
 import tqdm
 
 from lamb_tf.keras2 import WarmupPolynomialDecay
-from pretraining.errors import InputError
+from pretraining import model_flops
+from pretraining.bad_numbers import check_loss, check_skipped
+from pretraining.config import Config
 from pretraining.interruption import Interrupted
-from pretraining.run_directory import MetricsLog
+from pretraining.model import BertConfig
+from pretraining.phases import Phase
+from pretraining.run_logs import NoLogs, RunLogs
+from pretraining.train_step import PretrainingStep, means
 
 
-def diverged(step: int) -> InputError:
-    """The error of a run whose loss, gradient or weights are not finite any more."""
-    return InputError(
-        f"--learning_rate: expected a finite loss. Received: NaN or infinity at update {step}. "
-        "Nothing was saved since the last checkpoint; a lower rate or a longer --warmup_steps may help"
-    )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """What the actions look at and write to, the same for all phases of a start.
+
+    Attributes:
+      config: the flags.
+      bert: the model's dimensions.
+      vocab_size: width of the masked-LM logits.
+      layers: names of the trainable variables.
+      schedule: the learning rate by step.
+      peak_flops: of all replicas together, a second.
+      logs: where the figures go.
+      bar: the progress of the run.
+      stop_requests: grows when the run is asked to stop.
+      agree: makes all workers of one mind on a stop request.
+      check_lock: raises where another run has taken the folder.
+    """
+
+    config: Config
+    bert: BertConfig
+    vocab_size: int
+    layers: Sequence[str]
+    schedule: WarmupPolynomialDecay
+    peak_flops: float
+    logs: RunLogs | NoLogs
+    bar: tqdm.tqdm
+    stop_requests: Sequence[str]
+    agree: Callable[[bool], bool]
+    check_lock: Callable[[], None]
 
 
 class LoopActions:
-    """Called by Orbit after each loop: metrics, progress, and a look at signals."""
+    """Called by Orbit after each loop of a phase: metrics, progress, and a look at requests."""
 
     def __init__(
         self,
-        global_step: tf.Variable,
-        learning_rate: WarmupPolynomialDecay,
+        outlook: Outlook,
+        phase: Phase,
         global_batch_size: int,
-        metrics: MetricsLog,
-        bar: tqdm.tqdm,
-        stop_requested: Sequence[str],
+        step: PretrainingStep,
         corrupt_records: int | None = None,
     ):
-        self._global_step = global_step
-        self._learning_rate = learning_rate
+        self._outlook = outlook
+        self._phase = phase
         self._global_batch_size = global_batch_size
-        self._metrics = metrics
-        self._bar = bar
-        self._stop_requested = stop_requested
+        self._step = step
         self._corrupt_records = corrupt_records
+        self._loops = 0
+        self.loop_seconds = 0.0  # of the last loop; 0 for the first, which compiles
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last loop, an evaluation say, out of the rates."""
         self._then = time.monotonic()
 
-    def obey_signals(self) -> None:
-        """Raises `Interrupted` if Ctrl-C or SIGTERM has arrived."""
-        if self._stop_requested:
-            raise Interrupted(self._stop_requested[0])
+    def obey_requests(self) -> None:
+        """Raises `Interrupted` if any worker was asked to stop."""
+        requests = self._outlook.stop_requests
+        if self._outlook.agree(bool(requests)):
+            raise Interrupted(requests[0] if requests else "a request to another worker")
 
     def __call__(self, output: dict[str, Any]) -> None:
         """Takes the output of `Trainer.train`.
 
         Raises:
-          InputError: the loss is not finite any more.
-          Interrupted: a signal asks to stop.
+          InputError: gradients are not finite or the loss explodes; another run is at work here.
+          Interrupted: the run is asked to stop.
         """
-        step, now = int(self._global_step.numpy()), time.monotonic()
-        values = {name: float(value) for name, value in output.items()}
-        steps = step - self._bar.n
-        # The rate of the update that was made last.
-        values["learning_rate"] = float(self._learning_rate(step - 1))
-        values["examples_per_sec"] = steps * self._global_batch_size / (now - self._then)
-        if self._corrupt_records is not None:
-            values["corrupt_records"] = self._corrupt_records
-        output["learning_rate"] = values["learning_rate"]
-        output["examples_per_sec"] = values["examples_per_sec"]
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise diverged(step)
-        self._metrics.write(step, values)
-        self._bar.set_postfix_str(
+        outlook = self._outlook
+        step = int(self._step.optimizer.iterations.numpy())
+        before, seconds = int(outlook.bar.n), time.monotonic() - self._then
+        self.loop_seconds = seconds if self._loops else 0.0
+        self._loops += 1
+        skipped = self._step.skipped
+        check_skipped(
+            int(output["longest_skip"]),
+            outlook.config.max_skipped_steps,
+            skipped,
+            outlook.layers,
+            step,
+        )
+        values = self._metrics(output, step, step - before, seconds)
+        check_loss(values["loss"], outlook.vocab_size, outlook.layers[int(output["largest"])], step)
+        outlook.check_lock()
+        outlook.logs.training(step, values)
+        every = outlook.config.log_layers_every_steps
+        if every and step // every > before // every and self._keeps_statistics:
+            outlook.logs.layers(step, self._step.optimizer.layer_statistics())
+        outlook.bar.set_postfix_str(
             f" loss {values['loss']:.3f}, masked-LM accuracy {values['mlm_accuracy']:.1%}",
             refresh=False,
         )
-        self._bar.update(steps)
+        outlook.bar.update(step - before)
         self.restart_clock()
-        self.obey_signals()
+        if step < outlook.config.total_steps:  # else there is nothing left to stop
+            self.obey_requests()
+
+    @property
+    def _keeps_statistics(self) -> bool:
+        return hasattr(self._step.optimizer, "layer_statistics")
+
+    def _metrics(
+        self, output: dict[str, Any], step: int, steps: int, seconds: float
+    ) -> dict[str, Any]:
+        outlook = self._outlook
+        sums = {name: float(value) for name, value in output.items()}
+        work = model_flops.flops(
+            outlook.bert,
+            outlook.vocab_size,
+            tokens=sums["tokens"],
+            token_pairs=sums["token_pairs"],
+            predictions=sums["mlm_count"],
+            rows=sums["nsp_count"],
+        )
+        values = {
+            **means(sums),
+            # The rate of the update that was made last.
+            "learning_rate": float(outlook.schedule(step - 1)),
+            "grad_norm": sums["grad_norm"] if math.isfinite(sums["grad_norm"]) else None,
+            "examples_per_sec": steps * self._global_batch_size / seconds,
+            "tokens_per_sec": sums["tokens"] / seconds,
+            "model_flops_utilization": work / seconds / outlook.peak_flops,
+            "skipped_steps": int(self._step.skipped.total.numpy()),
+            "phase": self._phase.number,
+        }
+        if self._corrupt_records is not None:
+            values["corrupt_records"] = self._corrupt_records
+        return values

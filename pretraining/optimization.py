@@ -9,13 +9,19 @@ from pretraining.config import Config
 
 def build_schedule(config: Config) -> WarmupPolynomialDecay:
     """Returns the learning rate as a function of the updates made so far."""
-    return WarmupPolynomialDecay(
-        config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        total_steps=config.num_train_steps,
-        power=config.poly_power,
-        end_learning_rate=config.end_learning_rate,
+    totals = config.num_train_steps if config.rewarmup else (config.total_steps,)
+    first, *others = (
+        {
+            "learning_rate": config.learning_rate[i],
+            "warmup_steps": config.warmup_steps[i],
+            "total_steps": total,
+            "power": config.poly_power[i],
+            "end_learning_rate": config.end_learning_rate[i],
+            "first_step": config.warmup_first_step[i],
+        }
+        for i, total in enumerate(totals)
     )
+    return WarmupPolynomialDecay(**first, next_phases=others)
 
 
 def build_optimizer(config: Config) -> tf_keras.optimizers.Optimizer:
@@ -33,6 +39,7 @@ def build_optimizer(config: Config) -> tf_keras.optimizers.Optimizer:
             **moments,
             weight_decay=config.weight_decay,
             exclude_from_weight_decay=list(BERT_EXCLUSIONS),
+            layer_statistics=True,
         )
     if config.optimizer == "lars":
         return LARS(
@@ -40,6 +47,7 @@ def build_optimizer(config: Config) -> tf_keras.optimizers.Optimizer:
             momentum=config.beta_1,
             weight_decay=config.weight_decay,
             exclude_from_weight_decay=list(BERT_EXCLUSIONS),
+            layer_statistics=True,
         )
     decay = config.weight_decay or None
     if config.optimizer == "adamw":

@@ -1,5 +1,6 @@
 """What the programs of this package have in common: flags in, exit status out, no traceback."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ def run(argv: Sequence[str], name: str, settings: type, work: Callable[[Any], in
         config = flags.parse(argv, name, settings)
         # TensorFlow's own messages; set TF_CPP_MIN_LOG_LEVEL=0 to see them.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        # tf-models imports matplotlib, which complains of a home that it cannot write to.
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)
         return work(config) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

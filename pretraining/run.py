@@ -12,10 +12,10 @@ def main(argv: Sequence[str]) -> int:
     return program.run(argv, "pretraining.run", Config, _train)
 
 
-def _train(config: Config) -> None:
+def _train(config: Config) -> int:
     from pretraining import training
 
-    training.run(config)
+    return training.run(config)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,8 @@
 """The files of a run: `config.json`, `metrics.jsonl`, `summary.json` and where the others stand."""
 
 import contextlib
-import dataclasses
-import fcntl
 import importlib.metadata
 import json
-import math
-import os
 import platform
 from collections.abc import Iterator
 from typing import Any
@@ -59,30 +55,6 @@ class RunDirectory:
                 f"--output_dir={self.path}: expected a folder that can be written to. "
                 f"Received: one in which files {files.why(error, probe, done)}"
             ) from None
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keeps a second run out of the folder; a lock dies with its process. Not on gs://.
-
-        Raises:
-          InputError: another process trains here.
-        """
-        if files.on_gcs(self.path):
-            yield
-            return
-        with open(self.join(".lock"), "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise InputError(
-                    f"--output_dir={self.path}: expected a folder for this run alone. Received: one "
-                    f"in which process {file.read() or '?'} is at work"
-                ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            yield
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Returns the content of a JSON file of the run, None where there is none.
@@ -157,7 +129,7 @@ class RunDirectory:
         self.write_json(
             "config.json",
             {
-                "flags": dataclasses.asdict(config),
+                "flags": config.as_flags(),
                 "identity": identity,
                 **facts,
                 "versions": {"python": platform.python_version(), **versions},
@@ -186,44 +158,3 @@ def writing(path: str) -> Iterator[None]:
             f"--output_dir: {path} {files.why(error, path, 'written')}. "
             "What was written before is intact"
         ) from None
-
-
-class MetricsLog:
-    """`metrics.jsonl`: one object a log step, each step once, also after a restart.
-
-    Attributes:
-      last: the metrics that were written last, without their step.
-    """
-
-    def __init__(self, path: str, start_step: int):
-        """Opens the log and drops what an earlier start wrote beyond `start_step`."""
-        self._path = path
-        before = (files.read(path, "--output_dir") or b"").decode(errors="replace")
-        lines = before.splitlines(keepends=True)
-        kept = [line for line in lines if _step_of(line) <= start_step]
-        self.last: dict[str, float] = json.loads(kept[-1]) if kept else {}
-        self.last.pop("step", None)
-        with writing(path):
-            files.write(path, "".join(kept))
-            self._file = tf.io.gfile.GFile(path, "a")
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends the metrics of one step."""
-        self.last = metrics
-        with writing(self._path):
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-            self._file.flush()  # on gs:// this uploads all of it anew
-
-    def close(self) -> None:
-        """Closes the file."""
-        with writing(self._path):
-            self._file.close()
-
-
-def _step_of(line: str) -> float:
-    """The step of a line; infinite for the torn last line of a run that was killed."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-    return step if isinstance(step, int) else math.inf

@@ -1,27 +1,45 @@
-"""One start of a run: the model, its optimizer, and the loop that trains and evaluates them."""
+"""One start of a run: the model, its optimizer, and the phases that train and evaluate them."""
 
 import contextlib
-import math
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orbit
 import tensorflow as tf
 import tf_keras
 
-from pretraining import console, evaluation, input_pipeline, model
-from pretraining.batch_plan import BatchPlan
+from pretraining import console, input_pipeline, model, model_flops, workers
+from pretraining.bad_numbers import diverged
+from pretraining.checkpoints import Checkpoints
 from pretraining.config import Config
 from pretraining.data import Data
 from pretraining.errors import InputError
-from pretraining.interruption import Interrupted, stop_signals
-from pretraining.loop_actions import LoopActions, diverged
+from pretraining.held_out import HeldOut
+from pretraining.interruption import Interrupted, stop_requests
+from pretraining.loop_actions import LoopActions, Outlook
 from pretraining.optimization import build_optimizer, build_schedule
-from pretraining.run_directory import MetricsLog, RunDirectory, writing
-from pretraining.train_step import PretrainingStep, Trainer
+from pretraining.phases import phase_of, phase_that_led_to
+from pretraining.preemption import SaveTimer
+from pretraining.run_directory import RunDirectory, writing
+from pretraining.run_logs import NoLogs, RunLogs
+from pretraining.run_plan import PhasePlan
+from pretraining.run_report import write_report
+from pretraining.run_summary import say_result, summarize
+from pretraining.train_step import PretrainingStep, SkippedSteps, Trainer
 
 
 class Session:
-    """One start of a run: its model and optimizer, and the loop that trains them."""
+    """One start of a run.
+
+    Args:
+      config: the flags.
+      directory: what the run writes.
+      strategy: where it runs.
+      bert: the dimensions of the model.
+      data: the records of each phase.
+      plans: the batches of each phase.
+    """
 
     def __init__(
         self,
@@ -29,208 +47,283 @@ class Session:
         directory: RunDirectory,
         strategy: tf.distribute.Strategy,
         bert: model.BertConfig,
-        data: Data,
-        train_plan: BatchPlan,
-        eval_plan: BatchPlan,
+        data: Sequence[Data],
+        plans: Sequence[PhasePlan],
     ):
         self._config = config
         self._directory = directory
         self._strategy = strategy
+        self._bert = bert
         self._data = data
-        self._train_plan = train_plan
-        self._eval_plan = eval_plan
+        self._plans = plans
+        # A TPUStrategy compiles its steps as a whole.
+        self._jit_compile = config.jit_compile and not isinstance(
+            strategy, tf.distribute.TPUStrategy
+        )
         tf_keras.mixed_precision.set_global_policy(
             "mixed_bfloat16" if config.precision == "bfloat16" else "float32"
         )
         tf_keras.utils.set_random_seed(config.seed)
         tf_keras.backend.experimental.enable_tf_random_generator()
         with strategy.scope():
-            self._model = model.build_pretrainer(bert, len(data.words))
+            self._model = model.build_pretrainer(bert, len(data[0].words))
             self._optimizer = build_optimizer(config)
             self._optimizer.build(self._model.trainable_variables)
-        self._global_step = self._optimizer.iterations
-        self._manager = tf.train.CheckpointManager(
-            tf.train.Checkpoint(model=self._model, optimizer=self._optimizer),
+            self._skipped = SkippedSteps()
+        self._checkpoints = Checkpoints(
             directory.join("checkpoints"),
-            max_to_keep=config.keep_checkpoints,
+            tf.train.Checkpoint(
+                model=self._model, optimizer=self._optimizer, skipped=self._skipped
+            ),
+            keep=config.keep_checkpoints,
+            keep_every_steps=config.keep_every_steps,
         )
+        self._held_out = HeldOut(
+            config, strategy, self._model, data, plans, jit_compile=self._jit_compile
+        )
+        self._chief = workers.is_chief(strategy)
+        self._timer = SaveTimer(config.steps_per_loop)
+        self._profiling = False
 
     @property
     def step(self) -> int:
-        """Updates made so far."""
-        return int(self._global_step.numpy())
+        """Updates made so far, skipped ones among them."""
+        return int(self._optimizer.iterations.numpy())
 
-    def train(self) -> None:
-        """Trains to the end, evaluating and saving on the way; goes on where it stopped."""
+    def train(self, check_lock: Callable[[], None]) -> bool:
+        """Trains to the end, evaluating and saving on the way; goes on where it stopped.
+
+        Args:
+          check_lock: raises where another run has taken the folder; called after each loop.
+
+        Returns:
+          Whether the run is done; if not, it was asked to stop and has saved.
+
+        Raises:
+          InputError: checkpoints or input are damaged, the disk is full, or the numbers went bad.
+        """
+        if self._restored_and_done():
+            return True
         config = self._config
-        if self._is_done():
-            return
-        metrics = MetricsLog(self._directory.join("metrics.jsonl"), self.step)
+        layers = [v.name.removesuffix(":0") for v in self._model.trainable_variables]
+        evaluated = self._held_out.evaluated(self.step)
+        logs = RunLogs(self._directory, self.step, layers, evaluated) if self._chief else NoLogs()
         with (
-            contextlib.closing(metrics),
-            console.progress("Training", config.num_train_steps, " steps", self.step) as bar,
-            stop_signals() as stop_requested,
+            contextlib.closing(logs),
+            console.progress("Training", config.total_steps, " steps", self.step) as bar,
+            stop_requests() as requests,
         ):
-            actions = LoopActions(
-                self._global_step,
-                build_schedule(config),
-                self._train_plan.global_batch_size,
-                metrics,
-                bar,
-                stop_requested,
-                self._data.train.corrupt_records if config.skip_corrupt_records else None,
-            )
-            controller = self._controller(
-                trainer=self._trainer(),
-                train_actions=[actions],
-                steps_per_loop=config.steps_per_loop,
-                summary_dir=self._directory.join("tensorboard/train"),
+            outlook = Outlook(
+                config=config,
+                bert=self._bert,
+                vocab_size=self._bert.vocab_size or len(self._data[0].words),
+                layers=layers,
+                schedule=build_schedule(config),
+                peak_flops=model_flops.matmul_rate(self._strategy, config.precision),
+                logs=logs,
+                bar=bar,
+                stop_requests=requests,
+                agree=lambda asked: workers.any_worker(self._strategy, asked),
+                check_lock=check_lock,
             )
             try:
-                eval_output = self._train_loop(controller, actions)
-            except Interrupted as signal_name:
-                self._save()
+                self._evaluate_if_cut_off(logs)
+                while self.step < config.total_steps:
+                    self._train_phase(outlook)
+            except Interrupted as request:
+                self._save(logs)
                 bar.close()
                 console.say(
-                    f"{signal_name}: stopped after {self.step} of {config.num_train_steps} updates and "
-                    "saved. Repeat the command to go on."
+                    f"{request}: stopped after {self.step} of {config.total_steps} updates and saved. "
+                    "Repeat the command to go on."
                 )
-                return
-        self._finish(metrics.last, eval_output)
+                return False
+            last, result = logs.last, logs.last_evaluation
+        if self._chief:
+            self._finish(last, result)
+        return True
 
-    def _is_done(self) -> bool:
+    def _finish(self, last: dict[str, Any], result: dict[str, Any] | None) -> None:
+        summary = summarize(
+            self.step,
+            self._checkpoints.newest,
+            last,
+            result,
+            self._held_out.evaluated(self.step),
+            self._data[-1],
+        )
+        self._directory.write_json("summary.json", summary)
+        write_report(self._directory)
+        say_result(summary, self._directory)
+
+    def _restored_and_done(self) -> bool:
         """Restores the newest checkpoint, if any; tells whether nothing is left to do.
 
         Raises:
-          InputError: there are checkpoints and none of them can be told to be the newest.
+          InputError: there are checkpoints and none of them can be read.
         """
-        newest, done = self._manager.latest_checkpoint, self._directory.read_json("summary.json")
+        done = self._directory.read_json("summary.json")
+        with self._strategy.scope():
+            newest = self._checkpoints.restore(read_only=not self._chief)
+        workers.agree(self._strategy, self.step, "the step of the newest checkpoint")
         if newest is None:
-            if done or tf.io.gfile.glob(f"{self._manager.directory}/ckpt-*.index"):
+            if done:
                 raise InputError(
-                    f"--output_dir={self._directory.path}: expected the file checkpoints/checkpoint "
-                    "to name the newest checkpoint. Received: no such file, or a damaged one"
+                    f"--output_dir={self._directory.path}: expected the checkpoints of the run that "
+                    "summary.json is of. Received: none"
                 )
+            self._start_from_weights()
             return False
-        self._restore(newest)
-        evaluated = self._data.held_out is None or (done or {}).get("evaluated") == self._evaluated
-        if not (done and evaluated and self.step == self._config.num_train_steps):
+        finished = self.step == self._config.total_steps
+        current = done and (
+            not self._held_out.is_there
+            or done.get("evaluated") == self._held_out.evaluated(self.step)
+        )
+        if not (current and finished):
             console.say(f"Going on from {newest}")
             return False
         console.say(f"This run is done: {self.step} updates.")
-        self._say_result(done)
+        say_result(done, self._directory)
         return True
 
-    def _trainer(self) -> Trainer:
+    def _start_from_weights(self) -> None:
+        path = self._config.init_checkpoint
+        if path:
+            weights = Checkpoints(
+                self._directory.path, tf.train.Checkpoint(model=self._model), keep=1
+            )
+            with self._strategy.scope():
+                weights.restore_from(path, "--init_checkpoint")
+            console.say(f"Starting from the weights of {path}")
+
+    def _train_phase(self, outlook: Outlook) -> None:
+        """Trains the phase of the present step from there to its end."""
         config = self._config
-        batches = self._strategy.distribute_datasets_from_function(
-            self._data.train_input(self._train_plan, config.seed, self.step)
-        )
+        plan = self._plan(phase_of(config.phases, self.step).number)
+        phase, data = plan.phase, self._data[plan.phase.number - 1]
+        if len(self._plans) > 1:
+            console.say(
+                f"Phase {phase.number}: {phase.max_seq_length} tokens, batch {plan.train}, up to update "
+                f"{phase.end_step}"
+            )
         step = PretrainingStep(
             self._model,
             self._optimizer,
+            skipped=self._skipped,
             generators=model.dropout_generators(self._model),
             seed=config.seed,
-            accumulation_steps=self._train_plan.accumulation_steps,
+            accumulation_steps=plan.train.accumulation_steps,
             clip_global_norm=config.clip_global_norm,
-            jit_compile=False,
+            jit_compile=self._jit_compile,
         )
-        return Trainer(self._strategy, step, iter(batches))
-
-    def _train_loop(self, controller: orbit.Controller, actions: LoopActions):
-        """Trains from one save or evaluation to the next; returns the last evaluation."""
-        config, output = self._config, None
-        end = config.num_train_steps
-        while self.step < end:
-            stops = [_next(self.step, n, end) for n in (config.save_every_steps, self._eval_every)]
+        seed, first = phase.data_seed(config.seed), self.step - phase.first_step
+        batches = self._strategy.distribute_datasets_from_function(
+            data.train_input(plan.train, seed, first)
+        )
+        actions = LoopActions(
+            outlook,
+            phase,
+            plan.train.global_batch_size,
+            step,
+            data.train.corrupt_records if config.skip_corrupt_records else None,
+        )
+        with console.quiet():
+            controller = orbit.Controller(
+                global_step=self._optimizer.iterations,
+                strategy=self._strategy,
+                trainer=Trainer(self._strategy, step, iter(batches)),
+                train_actions=[actions],
+                steps_per_loop=config.steps_per_loop,
+            )
+        while self.step < phase.end_step:
+            self._profile()
             try:
                 with console.quiet():
-                    controller.train(min(stops), checkpoint_at_completion=False)
+                    controller.train(
+                        self._next_stop(phase.end_step), checkpoint_at_completion=False
+                    )
             except input_pipeline.FAILURES as error:
-                found = self._data.train_fault(error, self._train_plan, config.seed, self.step)
-                raise found from None
-            if _is_due(self.step, config.save_every_steps, end):
-                self._save()
-            if self._data.held_out is not None and _is_due(self.step, self._eval_every, end):
-                output = self._evaluate(controller)
-            if self.step < end:
-                actions.restart_clock()
-                actions.obey_signals()
-        if output is None and self._data.held_out is not None:
-            output = self._evaluate(controller)
-        return output
+                if lost := workers.lost_worker(self._strategy, error):
+                    raise lost from None
+                at = self.step - phase.first_step
+                raise data.train_fault(error, plan.train, seed, at) from None
+            self._profile()
+            self._save_and_evaluate(outlook.logs, actions)
 
-    @property
-    def _eval_every(self) -> int:
-        return self._config.eval_every_steps if self._data.held_out is not None else 0
+    def _save_and_evaluate(self, logs: RunLogs | NoLogs, actions: LoopActions) -> None:
+        config, step = self._config, self.step
+        if self._is_due(config.save_every_steps):
+            seconds = self._save(logs)
+            if warning := self._timer.warning(actions.loop_seconds, seconds):
+                console.say(warning)
+        if self._evaluation_is_due():
+            self._evaluate(logs)
+        if step < config.total_steps:
+            actions.restart_clock()
+            actions.obey_requests()
 
-    @property
-    def _evaluated(self) -> dict[str, Any]:
-        """What the evaluation in `summary.json` is of; other files or steps make it anew."""
-        held_out = self._data.held_out
-        return {
-            "eval_files": held_out.fingerprint if held_out else None,
-            "eval_steps": self._config.eval_steps,
-        }
+    def _plan(self, number: int) -> PhasePlan:
+        return self._plans[number - 1]
 
-    def _save(self) -> None:
-        # The loss of a step is that before its update: look at what would be saved.
-        if not all(_is_finite(variable) for variable in self._model.trainable_variables):
-            raise diverged(self.step)
-        # Orbit's own saving starts at the first loop, whatever the interval.
-        with writing(self._manager.directory):
-            self._manager.save(checkpoint_number=self.step)
+    def _next_stop(self, end: int) -> int:
+        """The next step at which something but training is due."""
+        config = self._config
+        stops = [end, *(config.profiled or ())]
+        for interval in (config.save_every_steps, config.eval_every_steps):
+            if interval:
+                stops.append((self.step // interval + 1) * interval)
+        return min(stop for stop in stops if stop > self.step)
 
-    def _controller(self, **arguments) -> orbit.Controller:
-        if self._data.held_out is not None:
-            arguments["evaluator"] = evaluation.Evaluator(
-                self._strategy,
-                self._model,
-                self._data.eval_input(self._eval_plan),
-            )
-            if self._config.mode != "eval":
-                arguments["eval_summary_dir"] = self._directory.join("tensorboard/eval")
-        with console.quiet():
-            return orbit.Controller(
-                global_step=self._global_step, strategy=self._strategy, **arguments
-            )
+    def _is_due(self, interval: int) -> bool:
+        at_end = any(self.step == phase.end_step for phase in self._config.phases)
+        return at_end or bool(interval and self.step % interval == 0)
 
-    def _evaluate(self, controller: orbit.Controller) -> dict[str, float]:
-        held_out = self._data.held_out
-        steps = math.ceil(held_out.num_records / self._eval_plan.global_batch_size)
-        if self._config.eval_steps:
-            steps = min(steps, self._config.eval_steps)
-        try:
-            with console.quiet():
-                output = controller.evaluate(steps)
-        except input_pipeline.FAILURES as error:
-            raise self._data.eval_fault(error) from None
-        output = {k: float(v) for k, v in output.items() if k != "steps_per_second"}
-        if not math.isfinite(output["loss"]):
-            raise diverged(self.step)
-        console.say(
-            f"Held out after {self.step} updates: masked-LM loss {output['mlm_loss']:.3f}, accuracy "
-            f"{output['mlm_accuracy']:.2%}; next-sentence accuracy {output['nsp_accuracy']:.2%}"
+    def _evaluation_is_due(self) -> bool:
+        due = self._is_due(self._config.eval_every_steps)
+        return self.step > 0 and due and self._held_out.is_there
+
+    def _evaluate_if_cut_off(self, logs: RunLogs | NoLogs) -> None:
+        """Makes up for an evaluation that a kill after the checkpoint has cut off."""
+        missing = self._chief and logs.evaluated_step != self.step
+        if workers.any_worker(self._strategy, bool(missing)) and self._evaluation_is_due():
+            self._evaluate(logs)
+
+    def _evaluate(self, logs: RunLogs | NoLogs) -> None:
+        result = self._held_out.evaluate(self.step)
+        phase = phase_that_led_to(self._config.phases, self.step).number
+        logs.evaluation(
+            self.step, {**result, "phase": phase, **self._held_out.evaluated(self.step)}
         )
-        return output
 
-    def _restore(self, checkpoint: str, flag: str = "output_dir") -> None:
-        """Restores model, optimizer and step.
+    def _save(self, logs: RunLogs | NoLogs) -> float:
+        """Saves and returns how many seconds that took."""
+        # The loss of a step is that before its update: look at what would be saved.
+        for variable in self._model.trainable_variables:
+            if not _is_finite(variable):
+                raise diverged(variable.name.removesuffix(":0"), self.step)
+        started = time.monotonic()
+        if self._chief:
+            logs.flush()  # so that no log ends before a checkpoint does
+            self._checkpoints.save(self.step)
+        return time.monotonic() - started
 
-        Raises:
-          InputError: the checkpoint is damaged or that of another model.
-        """
-        try:
-            with self._strategy.scope():
-                status = self._manager.checkpoint.restore(checkpoint)
-            status.assert_existing_objects_matched()
-        except Exception as error:
-            # TensorFlow's reader raises OpError, IndexError, RuntimeError and others.
-            cause = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"--{flag}: expected a checkpoint of this model and optimizer. Received: "
-                f"{checkpoint}, which cannot be read ({cause})"
-            ) from None
+    def _profile(self) -> None:
+        """Begins or ends the profile where its time has come."""
+        if not self._config.profiled or not self._chief:
+            return
+        begin, end = self._config.profiled
+        if self.step == end and self._profiling:
+            tf.profiler.experimental.stop()
+            self._profiling = False
+            console.say(f"Profile of updates {begin + 1} to {end}: {self._profile_folder}")
+        elif self.step == begin:
+            with writing(self._profile_folder):
+                tf.profiler.experimental.start(self._profile_folder)
+            self._profiling = True
+
+    @property
+    def _profile_folder(self) -> str:
+        return self._directory.join("tensorboard/profile")
 
     def evaluate_checkpoint(self) -> None:
         """Evaluates `--eval_checkpoint`, or the newest one, and prints the result.
@@ -238,58 +331,21 @@ class Session:
         Raises:
           InputError: there is no such checkpoint, or it is damaged or that of another model.
         """
-        given = self._config.eval_checkpoint.removesuffix(".index")
-        flag = "eval_checkpoint" if given else "output_dir"
-        path = given or self._manager.latest_checkpoint
-        if path is None or not tf.io.gfile.exists(f"{path}.index"):
+        path = self._config.eval_checkpoint.removesuffix(".index")
+        with self._strategy.scope():
+            if path:
+                self._checkpoints.restore_from(path, "--eval_checkpoint")
+            else:
+                path = self._checkpoints.restore(read_only=True)
+        if not path:
             raise InputError(
-                f"--{flag}={path or self._directory.path}: expected a checkpoint. Received: none there"
+                f"--output_dir={self._directory.path}: expected a checkpoint. Received: none there"
             )
-        self._restore(path, flag)
-        output = self._evaluate(self._controller())
+        result = self._held_out.evaluate(self.step)
         console.say(f"Checkpoint: {path}")
-        for name, value in output.items():
+        for name, value in result.items():
             console.say(f"  {name}: {value:.6f}")
-
-    def _finish(self, last: dict[str, float], eval_output: dict[str, float] | None) -> None:
-        summary: dict[str, Any] = {
-            "step": self.step,
-            "checkpoint": self._manager.latest_checkpoint,
-            "train": last,
-            "evaluated": self._evaluated,
-        }
-        if eval_output is not None:
-            token = evaluation.most_frequent_label(self._data.train)
-            summary["eval"] = {
-                **eval_output,
-                "most_frequent_token": self._data.words.tokens[token],
-                "most_frequent_token_accuracy": evaluation.constant_accuracy(
-                    token, self._data.held_out
-                ),
-            }
-        self._directory.write_json("summary.json", summary)
-        self._say_result(summary)
-
-    def _say_result(self, summary: dict[str, Any]) -> None:
-        result = summary.get("eval")
-        if result:
-            console.say(
-                f"Held-out masked-LM accuracy: {result['mlm_accuracy']:.2%}. Always guessing the most "
-                f"frequent token, {result['most_frequent_token']!r}: "
-                f"{result['most_frequent_token_accuracy']:.2%}."
-            )
-        console.say(f"Checkpoint: {summary['checkpoint']}")
-        console.say(f"Summary: {self._directory.join('summary.json')}")
 
 
 def _is_finite(variable: tf.Variable) -> bool:
     return bool(tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(variable))))
-
-
-def _next(step: int, interval: int, end: int) -> int:
-    """The next multiple of an interval, or the end; an interval of 0 is none."""
-    return min(end, (step // interval + 1) * interval) if interval else end
-
-
-def _is_due(step: int, interval: int, end: int) -> bool:
-    return step == end or bool(interval and step % interval == 0)

@@ -1,24 +1,32 @@
-"""A run from its configuration to its end: device, data, plan, then training or evaluation."""
+"""A run from its configuration to its end: device, plan, data, then training or evaluation."""
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from pretraining import console, files, found_data, model
-from pretraining.batch_plan import BatchPlan, plan_evaluation, plan_training
+from pretraining import console, files, found_data, model, vocabulary, workers
 from pretraining.config import Config
 from pretraining.data import Data, given_files, read_data
 from pretraining.errors import InputError
+from pretraining.recipes import RECIPES
 from pretraining.run_directory import RunDirectory, writing
+from pretraining.run_lock import run_lock
+from pretraining.run_plan import PhasePlan, plan_phases, say_plan
 from pretraining.session import Session
 from tpu.strategy import DeviceError, create_strategy, describe
 
+STOPPED = 75  # exit status of a run that was asked to stop and has saved: EX_TEMPFAIL, try again
+
 
 @files.explained()
-def run(config: Config) -> None:
+def run(config: Config) -> int:
     """Does what the configuration asks for.
+
+    Returns:
+      0, or `STOPPED` where the run is not done because it was asked to stop.
 
     Raises:
       InputError: something given cannot work; nothing was written.
@@ -31,64 +39,131 @@ def run(config: Config) -> None:
         )
     except DeviceError as error:
         raise InputError(str(error)) from None
-    train_plan = plan_training(config, strategy.num_replicas_in_sync)
-    eval_plan = plan_evaluation(config, train_plan)
+    if ":GPU:" in strategy.extended.worker_devices[0].upper():
+        tf.config.experimental.enable_op_determinism()  # or no restart would be exact
+    bert = _bert(config)
+    own_data = bool(config.vocab_file or config.eval_files)
+    tokens = bert.vocab_size or found_data.VOCAB_SIZE
+    if config.vocab_file and not bert.vocab_size:
+        tokens = len(vocabulary.read_vocabulary(config.vocab_file))
+    plans = plan_phases(config, strategy, bert, tokens)
+    identity = {
+        **config.identity,
+        "train_batch_size": _plain([plan.train.global_batch_size for plan in plans]),
+        "model": dataclasses.asdict(bert),
+    }
+    data = None
+    if own_data:  # all of it is looked at before anything is written
+        data = _read(config, bert, directory, [given_files(config, p) for p in config.phases])
+        directory.check_identity(_with_data(identity, data), config.mode)
+    else:
+        _check_own_folder(config, strategy, directory, identity)
+    if config.mode != "eval" and workers.is_chief(strategy):
+        say_plan(config, strategy, bert, tokens, plans, data)
+    if config.dry_run:
+        return 0
+    if config.mode == "eval":
+        data = data or _found(config, bert, directory, identity)
+        with workers.together(strategy):
+            Session(config, directory, strategy, bert, data, plans).evaluate_checkpoint()
+        return 0
+    return _train(config, directory, strategy, bert, plans, data, identity)
+
+
+def _train(
+    config: Config,
+    directory: RunDirectory,
+    strategy: tf.distribute.Strategy,
+    bert: model.BertConfig,
+    plans: Sequence[PhasePlan],
+    data: Sequence[Data] | None,
+    identity: dict[str, Any],
+) -> int:
+    chief = workers.is_chief(strategy)
+    if chief:
+        directory.create()
+    with run_lock(directory.path) if chief else contextlib.nullcontext() as lock:
+        data = data or _found(config, bert, directory, identity)
+        if chief:
+            for each in data:
+                each.remember(directory)
+        identity = _with_data(identity, data)
+        with workers.together(strategy):
+            session = Session(config, directory, strategy, bert, data, plans)
+            workers.agree(strategy, identity, "the flags and the data of the run")
+            if chief:
+                directory.write_config(config, identity, _facts(plans, strategy, config))
+            done = session.train(lock.check if lock else lambda: None)
+    return 0 if done else STOPPED
+
+
+def _bert(config: Config) -> model.BertConfig:
     bert = model.MODELS[config.model]
     if config.bert_config_file:
         bert = model.read_bert_config(config.bert_config_file)
-    if bert.max_position_embeddings < config.max_seq_length:
+    longest = max(config.max_seq_length)
+    if bert.max_position_embeddings < longest:
         raise InputError(
-            f"--max_seq_length={config.max_seq_length}: expected at most the model's "
+            f"--max_seq_length={longest}: expected at most the model's "
             f"{bert.max_position_embeddings} positions"
         )
-    identity = {
-        **config.identity,
-        "train_batch_size": train_plan.global_batch_size,
-        "model": dataclasses.asdict(bert),
-    }
-    own_data = bool(config.vocab_file or config.eval_files)
-    data = None
-    if own_data:  # all of it is looked at before anything is written
-        data = read_data(given_files(config), config, bert, directory)
-        directory.check_identity(_with_data(identity, data), config.mode)
-    else:
-        _check_own_folder(config, directory, identity)
-    if config.mode != "eval":
-        _say_plan(config, strategy, train_plan, eval_plan)
-    if config.dry_run:
-        return
-    if config.mode != "eval":
-        directory.create()
-    with directory.lock() if config.mode != "eval" else contextlib.nullcontext():
-        if data is None:
-            with writing(directory.join("data")):
-                own_files = found_data.prepare(config)
-            data = read_data(own_files, config, bert, directory)
-            directory.check_identity(_with_data(identity, data), config.mode)
-        if config.mode != "eval":
-            data.remember(directory)
-        session = Session(config, directory, strategy, bert, data, train_plan, eval_plan)
-        if config.mode == "eval":
-            session.evaluate_checkpoint()
-            return
-        directory.write_config(
-            config,
-            _with_data(identity, data),
-            {"batch_plan": dataclasses.asdict(train_plan), "strategy": describe(strategy)},
-        )
-        session.train()
+    return bert
 
 
-def _with_data(identity: dict[str, Any], data: Data) -> dict[str, Any]:
+def _found(
+    config: Config, bert: model.BertConfig, directory: RunDirectory, identity: dict[str, Any]
+) -> list[Data]:
+    """Returns the data that is found on this machine, prepared once."""
+    with writing(directory.join("data")):
+        own_files = found_data.prepare(config)
+    data = _read(config, bert, directory, own_files)
+    directory.check_identity(_with_data(identity, data), config.mode)
+    return data
+
+
+def _read(config: Config, bert: model.BertConfig, directory: RunDirectory, found) -> list[Data]:
+    return [
+        read_data(each, config, phase, bert, directory)
+        for phase, each in zip(config.phases, found, strict=True)
+    ]
+
+
+def _plain(values: Sequence[Any]) -> Any:
+    """One value for a run of one phase, else a list."""
+    return values[0] if len(values) == 1 else list(values)
+
+
+def _with_data(identity: dict[str, Any], data: Sequence[Data]) -> dict[str, Any]:
+    prints = [each.train.fingerprint if each.train else None for each in data]
+    return {**identity, "vocab_file": data[0].words.sha256, "input_files": _plain(prints)}
+
+
+def _facts(
+    plans: Sequence[PhasePlan], strategy: tf.distribute.Strategy, config: Config
+) -> dict[str, Any]:
+    """What was worked out from the flags."""
     return {
-        **identity,
-        "vocab_file": data.words.sha256,
-        "input_files": data.train.fingerprint if data.train else None,
+        "batch_plan": _plain([dataclasses.asdict(plan.train) for plan in plans]),
+        "phases": [dataclasses.asdict(plan.phase) for plan in plans],
+        "strategy": describe(strategy),
+        "recipe": {
+            "about": RECIPES[config.recipe].about,
+            "reaches": RECIPES[config.recipe].reaches,
+        },
     }
 
 
-def _check_own_folder(config: Config, directory: RunDirectory, identity: dict[str, Any]) -> None:
+def _check_own_folder(
+    config: Config,
+    strategy: tf.distribute.Strategy,
+    directory: RunDirectory,
+    identity: dict[str, Any],
+) -> None:
     """Refuses another run's folder before text is looked for, which takes half a minute."""
+    if workers.count(strategy) > 1:
+        raise InputError(
+            "--input_files: expected where several workers train (TF_CONFIG). Received: nothing"
+        )
     then = directory.read_config()
     if then is not None:
         for name in ("input_files", "eval_files"):
@@ -103,15 +178,3 @@ def _check_own_folder(config: Config, directory: RunDirectory, identity: dict[st
         raise InputError(
             f"--output_dir={directory.path}: expected a run to evaluate. Received: no config.json"
         )
-
-
-def _say_plan(
-    config: Config, strategy: tf.distribute.Strategy, train: BatchPlan, held_out: BatchPlan
-) -> None:
-    console.say(f"Device: {describe(strategy)}, {config.precision}")
-    console.say(f"Batch: {train}; evaluation {held_out}")
-    console.say(
-        f"Plan: {config.num_train_steps} updates with {config.optimizer}, learning rate 0 to "
-        f"{config.learning_rate} in {config.warmup_steps}, then to {config.end_learning_rate} by a "
-        f"polynomial of power {config.poly_power}"
-    )

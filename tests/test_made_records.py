@@ -56,7 +56,8 @@ def flags(small_records, folder):
 def data(made, small_records, tmp_path):
     config = Config(**flags(small_records, made[0]))
     directory = RunDirectory(str(tmp_path / "run"))
-    return read_data(given_files(config), config, MODELS["tiny"], directory)
+    phase = config.phases[0]
+    return read_data(given_files(config, phase), config, phase, MODELS["tiny"], directory)
 
 
 def batches(dataset, count):

@@ -82,7 +82,8 @@ def config(small_records, known_records, **flags):
 def read(small_records, known_records, tmp_path, **flags) -> Data:
     settings = config(small_records, known_records, **flags)
     bert = dataclasses.replace(MODELS["tiny"], vocab_size=65)
-    return read_data(given_files(settings), settings, bert, RunDirectory(str(tmp_path / "run")))
+    phase, directory = settings.phases[0], RunDirectory(str(tmp_path / "run"))
+    return read_data(given_files(settings, phase), settings, phase, bert, directory)
 
 
 def test_records_with_a_manifest_are_not_read_before_the_start(
@@ -219,4 +220,5 @@ def test_dynamic_masks_take_their_settings_from_the_manifest(
     data = read(small_records, known_records, tmp_path, max_predictions_per_seq=9, mode="train")
     assert dataclasses.astuple(data.train.masking) == (0.3, True)
     assert data.train.fingerprint != static.train.fingerprint
-    assert isinstance(given_files(config(small_records, known_records)), DataFiles)
+    settings = config(small_records, known_records)
+    assert isinstance(given_files(settings, settings.phases[0]), DataFiles)

@@ -31,6 +31,10 @@ METRICS = {
     "learning_rate",
     "grad_norm",
     "examples_per_sec",
+    "tokens_per_sec",
+    "model_flops_utilization",
+    "skipped_steps",
+    "phase",
 }
 
 
@@ -68,6 +72,7 @@ def short(records, output_dir, steps=12, **flags):
         "steps_per_loop": 3,
         "save_every_steps": 6,
         "eval_every_steps": 6,
+        "jit_compile": False,  # compiling takes longer than these runs
         **flags,
     }
     return [
@@ -142,9 +147,9 @@ def test_two_virtual_replicas_train_the_same_weights_as_one(small_records, tmp_p
 
 
 def test_a_short_run_warms_up_for_an_eighth_of_it():
-    assert Config().warmup_steps == 100 and Config(num_train_steps=10**6).warmup_steps == 100
-    assert Config(num_train_steps=40).warmup_steps == 5
-    assert Config(num_train_steps=40, warmup_steps=0).warmup_steps == 0
+    assert Config().warmup_steps == Config(num_train_steps=10**6).warmup_steps == (100,)
+    assert Config(num_train_steps=40).warmup_steps == (5,)
+    assert Config(num_train_steps=40, warmup_steps=0).warmup_steps == (0,)
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "adamw", "adam", "momentum", "adagrad"])
@@ -173,7 +178,7 @@ def test_bfloat16_trains_float32_weights(small_records, tmp_path):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(small_records, tmp_path):
-    """SIGTERM and SIGINT: saved, exit 0, no traceback; the end is that of an unbroken run."""
+    """SIGTERM and SIGINT: saved, exit 75, no traceback; the end is that of an unbroken run."""
     steps, out = 4000, tmp_path / "stopped"
     flags = short(small_records, out, steps, save_every_steps=0, eval_every_steps=0)
     reached = 0
@@ -182,7 +187,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(small_records, tmp_path)
         wait_for_metrics(process, out, reached + 30)
         process.send_signal(number)
         printed, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, printed
+        assert process.returncode == 75, printed
         assert "Traceback" not in printed
         stopped = re.search(rf"{number.name}: stopped after (\d+) of 4000 updates", printed)
         assert stopped and int(stopped[1]) > reached, printed
@@ -224,11 +229,8 @@ def test_after_a_kill_each_step_stands_once(small_records, tmp_path):
     whole = metrics_of(out)
     final = weights_of(out)
     # As a kill after the checkpoint of step 6 would leave it.
-    state = (out / "checkpoints" / "checkpoint").read_text()
-    (out / "checkpoints" / "checkpoint").write_text(
-        re.sub(r"(?m)^(model_|all_model_).*ckpt-12.*\n", "", state)
-        + 'model_checkpoint_path: "ckpt-6"\n'
-    )
+    for path in (out / "checkpoints").glob("ckpt-12.*"):
+        path.unlink()
     (out / "summary.json").unlink()
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "lo')
@@ -236,9 +238,9 @@ def test_after_a_kill_each_step_stands_once(small_records, tmp_path):
     again = metrics_of(out)
     assert [line["step"] for line in again] == [3, 6, 9, 12]
     for a, b in zip(whole, again, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["loss"] == b["loss"]
     for name, value in weights_of(out).items():
-        np.testing.assert_allclose(value, final[name], atol=1e-6, err_msg=name)
+        np.testing.assert_array_equal(value, final[name], err_msg=name)
 
 
 def test_records_of_tf_models_train_unchanged(small_records, tmp_path):
@@ -392,9 +394,8 @@ def test_a_full_disk_stops_the_run_in_one_line_and_the_next_start_goes_on(small_
         ("config.json", "{}"),
         ("config.json", "{"),
         ("summary.json", "[]"),
-        ("checkpoints/checkpoint", "garbage"),
-        ("checkpoints/ckpt-12.index", ""),
-        ("checkpoints/ckpt-12.data-00000-of-00001", "short"),
+        ("checkpoints/*.index", ""),
+        ("checkpoints/*.data-00000-of-00001", "short"),
     ],
 )
 def test_a_damaged_file_of_the_run_is_named_and_nothing_is_overwritten(
@@ -402,16 +403,44 @@ def test_a_damaged_file_of_the_run_is_named_and_nothing_is_overwritten(
 ):
     out = tmp_path / "run"
     assert train(*short(small_records, out)) == 0
-    if "ckpt" in name:
+    if "checkpoints" in name:
         (out / "summary.json").unlink()
-    (out / name).write_text(content)
+    for path in out.glob(name):
+        path.write_text(content)
     metrics, checkpoints = metrics_of(out), everything_under(out / "checkpoints")
     capsys.readouterr()
     assert train(*short(small_records, out)) == 2
-    stem = name.split("/")[-1].split(".index")[0].split(".data")[0]
-    assert_one_line(capsys.readouterr().err, ["--output_dir", stem])
+    words = ["step 6, 12"] if "checkpoints" in name else [name]
+    assert_one_line(capsys.readouterr().err, ["--output_dir", *words])
     assert metrics_of(out) == metrics
     assert everything_under(out / "checkpoints") == checkpoints
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped index", "no data"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    small_records, tmp_path, capsys, damage
+):
+    out = tmp_path / "run"
+    assert train(*short(small_records, out)) == 0
+    final = weights_of(out)
+    (out / "summary.json").unlink()
+    (data,), index = (out / "checkpoints").glob("ckpt-12.data*"), out / "checkpoints/ckpt-12.index"
+    if damage == "truncated":
+        data.write_bytes(data.read_bytes()[:-100])
+    elif damage == "flipped index":
+        content = bytearray(index.read_bytes())
+        content[len(content) // 2] ^= 1
+        index.write_bytes(content)
+    else:
+        data.unlink()
+    capsys.readouterr()
+    assert train(*short(small_records, out)) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"ckpt-12 is damaged .*Trying the one before", printed)
+    assert f"Going on from {out}/checkpoints/ckpt-6" in printed
+    assert [line["step"] for line in metrics_of(out)] == [3, 6, 9, 12]
+    for name, value in weights_of(out).items():
+        np.testing.assert_array_equal(value, final[name], err_msg=name)
 
 
 def test_damaged_lines_of_metrics_are_dropped(small_records, tmp_path):
@@ -519,7 +548,7 @@ def test_only_a_checkpoint_of_this_model_is_evaluated(small_records, tmp_path, c
         content = path.read_bytes()
         (damaged / path.name).write_bytes(content if "index" in path.name else content[:500])
     cases = {
-        foreign: ["--eval_checkpoint", foreign, "cannot be read"],
+        foreign: ["--eval_checkpoint", foreign, "is that of another"],
         f"{damaged}/ckpt-12": ["--eval_checkpoint", "damaged/ckpt-12", "cannot be read"],
         f"{tmp_path}/none": ["--eval_checkpoint", "none there"],
         "": [f"--output_dir={other}", "expected a checkpoint"],

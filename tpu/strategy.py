@@ -1,4 +1,4 @@
-"""Makes the `tf.distribute` strategy that `--tpu` asks for, or says within a minute why not."""
+"""Makes the `tf.distribute` strategy that `--tpu` or TF_CONFIG asks for, or says in time why not."""
 
 import contextlib
 import os
@@ -10,14 +10,12 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
+from tpu.cluster import DeviceError, read_cluster, workers_strategy
+
 CONNECT_SECONDS = 40.0
 INITIALIZE_SECONDS = 900.0  # a large slice that answers may take minutes to come up
 PORT_SECONDS = 10.0
 NO_ANSWER_EXIT_CODE = 2
-
-
-class DeviceError(RuntimeError):
-    """The device that was asked for cannot be used; the text says what was tried and what to check."""
 
 
 def create_strategy(
@@ -25,7 +23,8 @@ def create_strategy(
 ) -> tf.distribute.Strategy:
     """Returns a strategy for the device that was asked for.
 
-    Call it before TensorFlow has touched any device.
+    Call it before TensorFlow has touched any device. Where the environment variable TF_CONFIG names
+    a cluster of several workers, it waits for all of them.
 
     Args:
       tpu: "" for all GPUs of this machine or else its CPU; "local" for the TPU of this TPU VM; the
@@ -37,6 +36,13 @@ def create_strategy(
     Raises:
       DeviceError: there is no such device or it does not answer.
     """
+    cluster = read_cluster()
+    if cluster and (tpu or virtual_devices):
+        given = f"--tpu={tpu}" if tpu else f"--virtual_devices={virtual_devices}"
+        raise DeviceError(
+            f"{given}: expected no TF_CONFIG beside it, which spreads a run over the CPUs or GPUs of "
+            f"several machines. Received: TF_CONFIG of {len(cluster.addresses)} workers"
+        )
     if virtual_devices and tpu:
         raise DeviceError(
             f"--virtual_devices={virtual_devices}: virtual replicas run on the CPU; expected no --tpu "
@@ -49,6 +55,8 @@ def create_strategy(
     gpus = tf.config.list_physical_devices("GPU")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
+    if cluster:
+        return workers_strategy(cluster)
     if len(gpus) > 1:
         return tf.distribute.MirroredStrategy()
     return tf.distribute.OneDeviceStrategy("/gpu:0" if gpus else "/cpu:0")
@@ -58,7 +66,10 @@ def describe(strategy: tf.distribute.Strategy) -> str:
     """Returns a line such as "2 replicas on CPU" for the user."""
     kind = strategy.extended.worker_devices[0].split(":")[-2]
     count = strategy.num_replicas_in_sync
-    return f"{count} replica{'s' if count > 1 else ''} on {kind}"
+    line = f"{count} replica{'s' if count > 1 else ''} on {kind}"
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        line += f" in {count // len(strategy.extended.worker_devices)} workers"
+    return line
 
 
 def _virtual_strategy(count: int) -> tf.distribute.Strategy:
@@ -72,7 +83,11 @@ def _virtual_strategy(count: int) -> tf.distribute.Strategy:
                 f"--virtual_devices={count}: TensorFlow's devices exist already. Expected the strategy "
                 "to be made before any other use of TensorFlow"
             ) from None
-    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(count)])
+    # They share one memory; and TensorFlow's collectives, once aborted, stay so for the process.
+    return tf.distribute.MirroredStrategy(
+        [f"CPU:{i}" for i in range(count)],
+        cross_device_ops=tf.distribute.ReductionToOneDevice(),
+    )
 
 
 def _tpu_strategy(tpu: str, zone: str, project: str) -> tf.distribute.Strategy:

@@ -1,0 +1,67 @@
+"""What a run says when its numbers go bad: which layer, which step, what to do."""
+
+import math
+from collections.abc import Sequence
+
+from pretraining.errors import InputError
+from pretraining.train_step import SkippedSteps
+
+# A loss of so many times that of calling all tokens equally likely comes from weights gone wild.
+EXPLODED = 10.0
+_REMEDY = (
+    "Nothing was saved since the last checkpoint; a lower --learning_rate or a longer --warmup_steps "
+    "may help"
+)
+
+
+def check_skipped(
+    longest: int, limit: int, skipped: SkippedSteps, layers: Sequence[str], step: int
+) -> None:
+    """Looks at the updates that were left out because of their gradient.
+
+    Args:
+      longest: the most in a row since the last look.
+      limit: `--max_skipped_steps`.
+      skipped: the counters.
+      layers: names of the trainable variables.
+      step: updates up to now.
+
+    Raises:
+      InputError: there were too many in a row.
+    """
+    if limit and longest >= limit:
+        first, layer = int(skipped.first.numpy()), layers[int(skipped.layer.numpy())]
+        raise InputError(
+            f"--max_skipped_steps={limit}: expected finite gradients. Received: {longest} updates in a "
+            f"row, from update {first} on, with NaN or infinity; the first layer with it is {layer}. "
+            f"Stopped after update {step}. {_REMEDY}"
+        )
+
+
+def check_loss(loss: float, vocab_size: int, layer: str, step: int) -> None:
+    """Looks at the mean loss of some updates; NaN, of none that was made, is no news here.
+
+    Args:
+      loss: masked-LM and next-sentence loss together.
+      vocab_size: tokens in the vocabulary.
+      layer: name of the variable with the largest gradient.
+      step: updates up to now.
+
+    Raises:
+      InputError: the loss has exploded.
+    """
+    limit = EXPLODED * (math.log(vocab_size) + math.log(2))
+    if loss > limit:
+        raise InputError(
+            f"--learning_rate: expected a loss below {limit:.0f}, {EXPLODED:.0f} times that of guessing. "
+            f"Received: {loss:.4g} at update {step}; the layer with the largest gradient is {layer}. "
+            f"{_REMEDY}"
+        )
+
+
+def diverged(what: str, step: int) -> InputError:
+    """The error of a run whose weights or held-out loss are not finite any more."""
+    return InputError(
+        f"--learning_rate: expected finite weights and losses. Received: NaN or infinity in {what} "
+        f"after update {step}. {_REMEDY}"
+    )

@@ -1,0 +1,56 @@
+"""The result of a run: `summary.json`, and the same in a few lines."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pretraining import console, evaluation
+from pretraining.data import Data
+from pretraining.run_directory import RunDirectory
+
+
+def summarize(
+    step: int,
+    checkpoint: str | None,
+    last: Mapping[str, Any],
+    result: Mapping[str, float] | None,
+    evaluated: Mapping[str, Any],
+    data: Data,
+) -> dict[str, Any]:
+    """Returns the content of `summary.json`.
+
+    Args:
+      step: updates made.
+      checkpoint: the path of the last one.
+      last: the metrics of the last updates.
+      result: of the last evaluation, None where there is none.
+      evaluated: what that was of.
+      data: the records of the last phase.
+    """
+    summary: dict[str, Any] = {
+        "step": step,
+        "checkpoint": checkpoint,
+        "train": dict(last),
+        "evaluated": dict(evaluated),
+    }
+    if result:
+        token = evaluation.most_frequent_label(data.train)
+        summary["eval"] = {
+            **result,
+            "most_frequent_token": data.words.tokens[token],
+            "most_frequent_token_accuracy": evaluation.constant_accuracy(token, data.held_out),
+        }
+    return summary
+
+
+def say_result(summary: Mapping[str, Any], directory: RunDirectory) -> None:
+    """Prints what a finished run has reached and where to find it."""
+    result = summary.get("eval")
+    if result:
+        console.say(
+            f"Held-out masked-LM accuracy: {result['mlm_accuracy']:.2%}. Always guessing the most "
+            f"frequent token, {result['most_frequent_token']!r}: "
+            f"{result['most_frequent_token_accuracy']:.2%}."
+        )
+    console.say(f"Checkpoint: {summary['checkpoint']}")
+    console.say(f"Summary: {directory.join('summary.json')}")
+    console.say(f"Report: {directory.join('report.html')}")
