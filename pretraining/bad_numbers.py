@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+import tensorflow as tf
+
 from pretraining.errors import InputError
 from pretraining.train_step import SkippedSteps
 
@@ -65,3 +67,14 @@ def diverged(what: str, step: int) -> InputError:
         f"--learning_rate: expected finite weights and losses. Received: NaN or infinity in {what} "
         f"after update {step}. {_REMEDY}"
     )
+
+
+def check_weights(variables: Sequence[tf.Variable], step: int) -> None:
+    """Looks at the weights after an update.
+
+    Raises:
+      InputError: one of them is not finite.
+    """
+    for variable in variables:
+        if not bool(tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(variable)))):
+            raise diverged(variable.name.removesuffix(":0"), step)

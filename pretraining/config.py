@@ -7,6 +7,7 @@ import dataclasses
 import re
 from typing import Any
 
+from pretraining.config_checks import check_files, check_needs, spread_over_phases, warmups_of
 from pretraining.errors import InputError
 from pretraining.flags import check_limits, flag
 from pretraining.phases import Phase
@@ -16,13 +17,6 @@ OPTIMIZERS = ("lamb", "lars", "adamw", "adam", "momentum", "adagrad")
 MODEL_NAMES = ("tiny", "mini", "small", "medium", "base", "large")
 PRECISIONS = ("float32", "bfloat16")
 MODES = ("train_and_eval", "train", "eval")
-_SCHEDULE = (
-    "learning_rate",
-    "warmup_steps",
-    "warmup_first_step",
-    "poly_power",
-    "end_learning_rate",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,9 +187,10 @@ class Config:
         return cls(**{**preset, **given})
 
     def __post_init__(self) -> None:
-        self._spread_over_phases()
+        for name, values in spread_over_phases(self).items():
+            object.__setattr__(self, name, values)
         check_limits(self)
-        self._check_schedule()
+        object.__setattr__(self, "warmup_steps", warmups_of(self))
         for length, places in zip(self.max_seq_length, self.max_predictions_per_seq, strict=True):
             if places > length:
                 raise InputError(
@@ -210,92 +205,8 @@ class Config:
                 f"--output_dir={self.output_dir}: expected a name without * ? [, because TensorFlow "
                 "restores a checkpoint by a pattern"
             )
-        self._check_files()
-        self._check_needs()
-
-    def _spread_over_phases(self) -> None:
-        """Gives each flag that may differ a value for every phase."""
-        names = [f.name for f in dataclasses.fields(self) if f.metadata["per_phase"]]
-        values = {name: getattr(self, name) for name in names}
-        values = {n: v if isinstance(v, tuple) else (v,) for n, v in values.items()}
-        count = max(len(value) for value in values.values())
-        longest = next(name for name, value in values.items() if len(value) == count)
-        for name, value in values.items():
-            if len(value) not in (1, count):
-                both = " and ".join(
-                    f"--{n}={','.join(map(str, values[n]))}" for n in (name, longest)
-                )
-                raise InputError(
-                    f"{both}: expected lists of one length, a value for each phase "
-                    f"(--recipe={self.recipe} has those that are not given by hand). "
-                    f"Received: {len(value)} and {count} values"
-                )
-            object.__setattr__(self, name, value if len(value) == count else value * count)
-
-    def _check_schedule(self) -> None:
-        if not self.rewarmup:
-            for name in _SCHEDULE:
-                if len(set(getattr(self, name))) > 1:
-                    raise InputError(
-                        f"--{name}={','.join(map(str, getattr(self, name)))}: expected one value where "
-                        "--rewarmup=false makes one schedule of all phases"
-                    )
-        totals = self.num_train_steps if self.rewarmup else (self.total_steps,) * self.num_phases
-        defaults = (min(100, total // 8) for total in totals)
-        warmups = tuple(
-            d if w == -1 else w for w, d in zip(self.warmup_steps, defaults, strict=True)
-        )
-        object.__setattr__(self, "warmup_steps", warmups)
-        for i, total in enumerate(totals):
-            warmup, first = warmups[i], self.warmup_first_step[i]
-            if warmup + first >= total:
-                raise InputError(
-                    f"--warmup_steps={warmup}: expected the warm-up to end before --num_train_steps. "
-                    f"Received: --num_train_steps={total}"
-                )
-            if -first > warmup:
-                raise InputError(
-                    f"--warmup_first_step={first}: expected at least minus --warmup_steps. Received: "
-                    f"--warmup_steps={warmup}"
-                )
-            if self.end_learning_rate[i] > self.learning_rate[i]:
-                raise InputError(
-                    f"--end_learning_rate={self.end_learning_rate[i]}: expected at most "
-                    f"--learning_rate. Received: --learning_rate={self.learning_rate[i]}"
-                )
-
-    def _check_files(self) -> None:
-        """Own records come with a vocabulary and, where there is an evaluation, held-out ones."""
-        needed = {
-            "train": ("input_files", "vocab_file"),
-            "train_and_eval": ("input_files", "eval_files", "vocab_file"),
-            "eval": ("eval_files", "vocab_file"),
-        }[self.mode]
-        given = [n for n in ("input_files", "eval_files", "vocab_file") if getattr(self, n)]
-        missing = [name for name in needed if not getattr(self, name)]
-        if given and missing:
-            raise InputError(
-                f"--{missing[0]}: expected beside --{given[0]}={getattr(self, given[0])} for "
-                f"--mode={self.mode}. Received: nothing"
-            )
-        if self.eval_checkpoint and self.mode != "eval":
-            raise InputError(
-                f"--eval_checkpoint={self.eval_checkpoint}: expected --mode=eval beside it. "
-                f"Received: --mode={self.mode}"
-            )
-
-    def _check_needs(self) -> None:
-        """What a recipe cannot do without; a plan can be had without it."""
-        recipe = RECIPES[self.recipe]
-        needs = recipe.needs if self.mode != "eval" else ()
-        data = (
-            () if recipe.finds_data else ("eval_files" if self.mode == "eval" else "input_files",)
-        )
-        for name in (*data, *needs):
-            if not getattr(self, name) and not self.dry_run:
-                raise InputError(
-                    f"--{name}: expected for --recipe={self.recipe}. Received: nothing"
-                )
+        check_files(self)
+        check_needs(self)
 
     @property
     def num_phases(self) -> int:

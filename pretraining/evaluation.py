@@ -73,7 +73,7 @@ class Evaluator:
 
     def _replica_step(self, batch: Batch) -> Sums:
         context = tf.distribute.get_replica_context()
-        forward = functools.partial(forward_sums, self._model, training=False)
+        forward = functools.partial(forward_sums, self._model)
         sums = compiled_on_this_replica(forward, self._jit_compile)(batch)
         return context.all_reduce(tf.distribute.ReduceOp.SUM, sums)
 

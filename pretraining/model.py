@@ -162,13 +162,3 @@ def build_pretrainer(config: BertConfig, num_tokens: int) -> models.BertPretrain
         )
     )
     return model
-
-
-def dropout_generators(model: tf_keras.Model) -> list[tf.random.Generator]:
-    """Returns the random generators of the model's dropout layers, in a fixed order.
-
-    They exist where `tf_keras.backend.experimental.enable_tf_random_generator()` was called
-    before the model was built.
-    """
-    sources = (getattr(layer, "_random_generator", None) for layer in model._flatten_layers())
-    return [s._generator for s in sources if s is not None and s._generator is not None]

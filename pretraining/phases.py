@@ -38,6 +38,9 @@ class Phase:
         """Updates of the run when the phase is over."""
         return self.first_step + self.num_train_steps
 
+    def __str__(self) -> str:
+        return f"Phase {self.number}: {self.max_seq_length} tokens"
+
     def data_seed(self, seed: int) -> int:
         """Returns the seed of the order and the masks of its records: another one in each phase."""
         return (seed + (self.number - 1) * _SEED_STRIDE) % 2**32
@@ -51,3 +54,22 @@ def phase_of(phases: Sequence[Phase], step: int) -> Phase:
 def phase_that_led_to(phases: Sequence[Phase], step: int) -> Phase:
     """Returns the phase of the last one of `step` updates; the first one at step 0."""
     return phase_of(phases, max(0, step - 1))
+
+
+def is_due(phases: Sequence[Phase], step: int, interval: int) -> bool:
+    """Tells whether what is done at every interval, and at the end of a phase, is due at a step."""
+    at_end = any(step == phase.end_step for phase in phases)
+    return at_end or bool(interval and step % interval == 0)
+
+
+def next_stop(phase: Phase, step: int, intervals: Sequence[int], others: Sequence[int]) -> int:
+    """Returns the next step at which something but training is due.
+
+    Args:
+      phase: the phase of the step.
+      step: updates made so far.
+      intervals: of what is done again and again; 0 for never.
+      others: single steps.
+    """
+    stops = [(step // interval + 1) * interval for interval in intervals if interval]
+    return min(stop for stop in (*stops, *others, phase.end_step) if stop > step)

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import tensorflow as tf
 
@@ -54,8 +54,8 @@ def run_lock(path: str) -> Iterator[RunLock]:
       InputError: another run is at work there.
     """
     if not files.on_gcs(path):
-        with _flock(path):
-            yield RunLock()
+        with _flock(path) as lock:
+            yield lock
         return
     lock = _Heartbeat(path)
     lock.acquire()
@@ -66,7 +66,7 @@ def run_lock(path: str) -> Iterator[RunLock]:
 
 
 @contextlib.contextmanager
-def _flock(path: str) -> Iterator[None]:
+def _flock(path: str) -> Iterator[RunLock]:
     with writing(path):
         file = open(f"{path}/.lock", "a+")  # noqa: SIM115
     with file:
@@ -84,13 +84,36 @@ def _flock(path: str) -> Iterator[None]:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-        yield
+        yield _FileLock(path, file)
 
 
 def _occupied(path: str, by: str) -> InputError:
     return InputError(
         f"--output_dir={path}: expected a folder for this run alone. Received: one in which {by}"
     )
+
+
+class _FileLock(RunLock):
+    """The lock of a run on a disk, which holds as long as its file stands in the folder."""
+
+    def __init__(self, path: str, file: TextIO):
+        self._path = path
+        self._file = file
+
+    def check(self) -> None:
+        """See `RunLock`; a folder that was removed, or put back, is locked no more."""
+        try:
+            there = os.stat(f"{self._path}/.lock")
+        except FileNotFoundError:
+            there = None
+        except OSError:  # storage out of reach: a matter of those who write
+            return
+        if there and os.path.samestat(there, os.fstat(self._file.fileno())):
+            return
+        raise InputError(
+            f"--output_dir={self._path}: expected the folder that this run has locked. Received: "
+            "one without its .lock, which was removed or replaced while the run was at work"
+        )
 
 
 class _Heartbeat(RunLock):

@@ -10,7 +10,7 @@ import tensorflow as tf
 import tf_keras
 
 from pretraining import console, input_pipeline, model, model_flops, workers
-from pretraining.bad_numbers import diverged
+from pretraining.bad_numbers import check_weights
 from pretraining.checkpoints import Checkpoints
 from pretraining.config import Config
 from pretraining.data import Data
@@ -19,9 +19,10 @@ from pretraining.held_out import HeldOut
 from pretraining.interruption import Interrupted, stop_requests
 from pretraining.loop_actions import LoopActions, Outlook
 from pretraining.optimization import build_optimizer, build_schedule
-from pretraining.phases import phase_of, phase_that_led_to
+from pretraining.phases import is_due, next_stop, phase_of, phase_that_led_to
 from pretraining.preemption import SaveTimer
-from pretraining.run_directory import RunDirectory, writing
+from pretraining.profiling import Profile
+from pretraining.run_directory import RunDirectory
 from pretraining.run_logs import NoLogs, RunLogs
 from pretraining.run_plan import PhasePlan
 from pretraining.run_report import write_report
@@ -64,7 +65,6 @@ class Session:
             "mixed_bfloat16" if config.precision == "bfloat16" else "float32"
         )
         tf_keras.utils.set_random_seed(config.seed)
-        tf_keras.backend.experimental.enable_tf_random_generator()
         with strategy.scope():
             self._model = model.build_pretrainer(bert, len(data[0].words))
             self._optimizer = build_optimizer(config)
@@ -83,7 +83,9 @@ class Session:
         )
         self._chief = workers.is_chief(strategy)
         self._timer = SaveTimer(config.steps_per_loop)
-        self._profiling = False
+        self._profile = (
+            Profile(config.profiled, directory.join("tensorboard/profile")) if self._chief else None
+        )
 
     @property
     def step(self) -> int:
@@ -199,18 +201,15 @@ class Session:
     def _train_phase(self, outlook: Outlook) -> None:
         """Trains the phase of the present step from there to its end."""
         config = self._config
-        plan = self._plan(phase_of(config.phases, self.step).number)
-        phase, data = plan.phase, self._data[plan.phase.number - 1]
+        number = phase_of(config.phases, self.step).number
+        plan, data = self._plans[number - 1], self._data[number - 1]
+        phase = plan.phase
         if len(self._plans) > 1:
-            console.say(
-                f"Phase {phase.number}: {phase.max_seq_length} tokens, batch {plan.train}, up to update "
-                f"{phase.end_step}"
-            )
+            console.say(f"{phase}, batch {plan.train}, up to update {phase.end_step}")
         step = PretrainingStep(
             self._model,
             self._optimizer,
             skipped=self._skipped,
-            generators=model.dropout_generators(self._model),
             seed=config.seed,
             accumulation_steps=plan.train.accumulation_steps,
             clip_global_norm=config.clip_global_norm,
@@ -220,13 +219,8 @@ class Session:
         batches = self._strategy.distribute_datasets_from_function(
             data.train_input(plan.train, seed, first)
         )
-        actions = LoopActions(
-            outlook,
-            phase,
-            plan.train.global_batch_size,
-            step,
-            data.train.corrupt_records if config.skip_corrupt_records else None,
-        )
+        corrupt = data.train.corrupt_records if config.skip_corrupt_records else None
+        actions = LoopActions(outlook, phase, plan.train.global_batch_size, step, corrupt)
         with console.quiet():
             controller = orbit.Controller(
                 global_step=self._optimizer.iterations,
@@ -235,19 +229,23 @@ class Session:
                 train_actions=[actions],
                 steps_per_loop=config.steps_per_loop,
             )
+        intervals = (config.save_every_steps, config.eval_every_steps)
         while self.step < phase.end_step:
-            self._profile()
+            if self._profile:
+                self._profile.look(self.step)
             try:
                 with console.quiet():
                     controller.train(
-                        self._next_stop(phase.end_step), checkpoint_at_completion=False
+                        next_stop(phase, self.step, intervals, config.profiled or ()),
+                        checkpoint_at_completion=False,
                     )
             except input_pipeline.FAILURES as error:
                 if lost := workers.lost_worker(self._strategy, error):
                     raise lost from None
                 at = self.step - phase.first_step
                 raise data.train_fault(error, plan.train, seed, at) from None
-            self._profile()
+            if self._profile:
+                self._profile.look(self.step)
             self._save_and_evaluate(outlook.logs, actions)
 
     def _save_and_evaluate(self, logs: RunLogs | NoLogs, actions: LoopActions) -> None:
@@ -262,21 +260,8 @@ class Session:
             actions.restart_clock()
             actions.obey_requests()
 
-    def _plan(self, number: int) -> PhasePlan:
-        return self._plans[number - 1]
-
-    def _next_stop(self, end: int) -> int:
-        """The next step at which something but training is due."""
-        config = self._config
-        stops = [end, *(config.profiled or ())]
-        for interval in (config.save_every_steps, config.eval_every_steps):
-            if interval:
-                stops.append((self.step // interval + 1) * interval)
-        return min(stop for stop in stops if stop > self.step)
-
     def _is_due(self, interval: int) -> bool:
-        at_end = any(self.step == phase.end_step for phase in self._config.phases)
-        return at_end or bool(interval and self.step % interval == 0)
+        return is_due(self._config.phases, self.step, interval)
 
     def _evaluation_is_due(self) -> bool:
         due = self._is_due(self._config.eval_every_steps)
@@ -298,32 +283,12 @@ class Session:
     def _save(self, logs: RunLogs | NoLogs) -> float:
         """Saves and returns how many seconds that took."""
         # The loss of a step is that before its update: look at what would be saved.
-        for variable in self._model.trainable_variables:
-            if not _is_finite(variable):
-                raise diverged(variable.name.removesuffix(":0"), self.step)
+        check_weights(self._model.trainable_variables, self.step)
         started = time.monotonic()
         if self._chief:
             logs.flush()  # so that no log ends before a checkpoint does
             self._checkpoints.save(self.step)
         return time.monotonic() - started
-
-    def _profile(self) -> None:
-        """Begins or ends the profile where its time has come."""
-        if not self._config.profiled or not self._chief:
-            return
-        begin, end = self._config.profiled
-        if self.step == end and self._profiling:
-            tf.profiler.experimental.stop()
-            self._profiling = False
-            console.say(f"Profile of updates {begin + 1} to {end}: {self._profile_folder}")
-        elif self.step == begin:
-            with writing(self._profile_folder):
-                tf.profiler.experimental.start(self._profile_folder)
-            self._profiling = True
-
-    @property
-    def _profile_folder(self) -> str:
-        return self._directory.join("tensorboard/profile")
 
     def evaluate_checkpoint(self) -> None:
         """Evaluates `--eval_checkpoint`, or the newest one, and prints the result.
@@ -345,7 +310,3 @@ class Session:
         console.say(f"Checkpoint: {path}")
         for name, value in result.items():
             console.say(f"  {name}: {value:.6f}")
-
-
-def _is_finite(variable: tf.Variable) -> bool:
-    return bool(tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(variable))))

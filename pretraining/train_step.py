@@ -7,12 +7,14 @@ tokens, and their gradients are summed: one replica and many give the same gradi
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import orbit
 import tensorflow as tf
 import tf_keras
+
+from pretraining import bert_forward
 
 Batch = dict[str, tf.Tensor]
 Sums = dict[str, tf.Tensor]
@@ -22,7 +24,7 @@ SUMS = (
 )
 
 
-def forward_sums(model: tf_keras.Model, batch: Batch, training: bool) -> Sums:
+def forward_sums(model: tf_keras.Model, batch: Batch, key: tf.Tensor | None = None) -> Sums:
     """Runs the model and sums losses and hits over a batch.
 
     Args:
@@ -30,36 +32,31 @@ def forward_sums(model: tf_keras.Model, batch: Batch, training: bool) -> Sums:
       batch: int32 `input_word_ids`, `input_mask`, `input_type_ids` [rows, length]; int32
         `masked_lm_positions`, `masked_lm_ids` and float32 `masked_lm_weights` [rows, predictions];
         int32 `next_sentence_labels` [rows]; float32 `row_weights` [rows], 0 for padding rows.
-      training: whether dropout is on.
+      key: of the dropout, see `bert_forward.dropout_key`; `None` for none.
 
     Returns:
       Scalars of float32 under the names in `SUMS`.
     """
-    names = ("input_word_ids", "input_mask", "input_type_ids", "masked_lm_positions")
-    outputs = model({name: batch[name] for name in names}, training=training)
-    sums = {}
-    for task, logits, labels, weights in (
-        (
-            "mlm",
-            outputs["mlm_logits"],
-            batch["masked_lm_ids"],
-            batch["masked_lm_weights"] * batch["row_weights"][:, None],
-        ),
-        (
-            "nsp",
-            outputs["next_sentence"],
-            batch["next_sentence_labels"],
-            batch["row_weights"],
-        ),
-    ):
-        logits = tf.cast(logits, tf.float32)
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        hits = tf.cast(tf.equal(tf.argmax(logits, -1, tf.int32), labels), tf.float32)
-        sums[f"{task}_loss"] = tf.reduce_sum(losses * weights)
-        sums[f"{task}_correct"] = tf.reduce_sum(hits * weights)
-        sums[f"{task}_count"] = tf.reduce_sum(weights)
+    masked_lm, next_sentence = bert_forward.forward(model, batch, key)
+    weights = batch["masked_lm_weights"] * batch["row_weights"][:, None]
+    sums = {
+        **_sums_of("mlm", masked_lm, batch["masked_lm_ids"], weights),
+        **_sums_of("nsp", next_sentence, batch["next_sentence_labels"], batch["row_weights"]),
+    }
     lengths = tf.reduce_sum(tf.cast(batch["input_mask"], tf.float32), 1) * batch["row_weights"]
     return {**sums, "tokens": tf.reduce_sum(lengths), "token_pairs": tf.reduce_sum(lengths**2)}
+
+
+def _sums_of(task: str, logits: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> Sums:
+    labels, weights = tf.reshape(labels, [-1]), tf.reshape(weights, [-1])
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+    # Not argmax, which is slow on a CPU; a tie counts as a hit.
+    hits = tf.gather(logits, labels, batch_dims=1) >= tf.reduce_max(logits, -1)
+    return {
+        f"{task}_loss": tf.reduce_sum(losses * weights),
+        f"{task}_correct": tf.reduce_sum(tf.cast(hits, tf.float32) * weights),
+        f"{task}_count": tf.reduce_sum(weights),
+    }
 
 
 def means(sums: Mapping[str, float]) -> dict[str, float]:
@@ -91,22 +88,6 @@ def compiled_on_this_replica(function: Callable, jit_compile: bool) -> Callable:
     One that replicas share would mix their variables.
     """
     return tf.function(function, jit_compile=True) if jit_compile else function
-
-
-def seed_dropout(
-    generators: Sequence[tf.random.Generator], seed: int, step: tf.Tensor, stream: tf.Tensor
-) -> None:
-    """Makes the next dropout masks a function of (seed, step, stream, layer).
-
-    Args:
-      generators: of the model's dropout layers.
-      seed: the run's seed.
-      step: int64 scalar, updates made so far.
-      stream: int64 scalar, tells apart replicas and micro-batches of one step.
-    """
-    for layer, generator in enumerate(generators):
-        state = [step, stream * 4096 + layer, tf.constant(seed, tf.int64)]
-        generator.state.assign(tf.stack(state))
 
 
 class SkippedSteps(tf.Module):
@@ -158,7 +139,6 @@ class PretrainingStep:
         optimizer: tf_keras.optimizers.Optimizer,
         *,
         skipped: SkippedSteps,
-        generators: Sequence[tf.random.Generator],
         seed: int,
         accumulation_steps: int,
         clip_global_norm: float,
@@ -167,7 +147,6 @@ class PretrainingStep:
         self.model = model
         self.optimizer = optimizer
         self.skipped = skipped
-        self._generators = generators
         self._seed = seed
         self._accumulation_steps = accumulation_steps
         self._clip_global_norm = clip_global_norm
@@ -185,9 +164,9 @@ class PretrainingStep:
           stream: int64 scalar, which of the micro-batches of all replicas it is.
         """
         step = tf.identity(self.optimizer.iterations)
-        seed_dropout(self._generators, self._seed, step, stream)
+        key = bert_forward.dropout_key(self._seed, step, stream)
         with tf.GradientTape() as tape:
-            sums = forward_sums(self.model, batch, training=True)
+            sums = forward_sums(self.model, batch, key)
             loss = sums["mlm_loss"] / mlm_count + sums["nsp_loss"] / nsp_count
         gradients = tape.gradient(
             loss,
@@ -217,7 +196,7 @@ class PretrainingStep:
             return micro + 1, tf.nest.map_structure(tf.add, totals, results)
 
         # A loop, so that the program is as large for many micro-batches as for one; one at a time,
-        # as they share the generators of the dropout.
+        # as each takes the memory of its activations.
         _, totals = tf.while_loop(
             lambda micro, _: micro < count, add, (0, zeros), parallel_iterations=1
         )

@@ -62,6 +62,13 @@ def test_a_folder_on_disk_has_one_run(tmp_path):
         lock.check()
         assert_refused(tmp_path, f"process {os.getpid()} is at work")
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
+    with run_lock(str(tmp_path)) as lock:
+        (tmp_path / ".lock").rename(tmp_path / "elsewhere")
+        for content in (None, str(os.getpid())):  # removed; made anew by another run
+            if content:
+                (tmp_path / ".lock").write_text(content)
+            with pytest.raises(InputError, match=r"--output_dir=\S+: .* removed or replaced"):
+                lock.check()
     holder = subprocess.Popen(
         [
             sys.executable,

@@ -15,7 +15,7 @@ from pretraining.batch_plan import BatchPlan
 from pretraining.errors import InputError
 from pretraining.model import BertConfig
 from pretraining.record_checks import RecordCheck
-from pretraining.train_step import PretrainingStep, SkippedSteps, Trainer, means, seed_dropout
+from pretraining.train_step import PretrainingStep, SkippedSteps, Trainer, means
 from tests.test_records import FORMAT
 
 DROPOUT_FREE = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -59,7 +59,6 @@ def train_some(
 ):
     """Returns the initial weights, the model, and the metrics of a few updates."""
     tf_keras.utils.set_random_seed(0)
-    tf_keras.backend.experimental.enable_tf_random_generator()
     with strategy.scope():
         network = model.build_pretrainer(BERT, 65)
         optimizer = optimizer()
@@ -77,7 +76,6 @@ def train_some(
         network,
         optimizer,
         skipped=skipped,
-        generators=model.dropout_generators(network),
         seed=3,
         accumulation_steps=accumulation,
         clip_global_norm=clip,
@@ -251,28 +249,6 @@ def test_the_unused_pooler_keeps_its_weights(train):
     for i in pooler:
         np.testing.assert_array_equal(network.get_weights()[i], before[i])
     assert not any("pooler_transform" in v.name for v in network.trainable_variables)
-
-
-def test_dropout_is_a_function_of_seed_step_and_stream(train):
-    tf_keras.backend.experimental.enable_tf_random_generator()
-    bert = BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
-    )
-    network = model.build_pretrainer(bert, 65)
-    generators = model.dropout_generators(network)
-    # The embeddings; attention, its output, the inner and the outer layer of two blocks; the head.
-    assert len(generators) == 1 + 2 * 4 + 1
-    batch = first_batch(train)
-    names = ("input_word_ids", "input_mask", "input_type_ids", "masked_lm_positions")
-
-    def logits(seed, step, stream):
-        seed_dropout(generators, seed, tf.constant(step, tf.int64), tf.constant(stream, tf.int64))
-        return network({n: batch[n] for n in names}, training=True)["mlm_logits"].numpy()
-
-    first = logits(1, 5, 0)
-    np.testing.assert_array_equal(logits(1, 5, 0), first)
-    for other in ((2, 5, 0), (1, 6, 0), (1, 5, 1)):
-        assert (logits(*other) != first).any()
 
 
 def test_a_bert_config_of_google_is_read(tmp_path):

@@ -56,7 +56,6 @@ class Training:
             self.network,
             self.optimizer,
             skipped=skipped,
-            generators=model.dropout_generators(self.network),
             seed=3,
             accumulation_steps=1,
             clip_global_norm=0.5,
