@@ -89,7 +89,8 @@ RECIPES = {
             "log_layers_every_steps": 10,
         },
         about="the tiny model at length 128, then at 512 with a warm-up of its own",
-        reaches="TO MEASURE",
+        reaches="about 11% masked-LM accuracy on held-out text at either length, twice that of always guessing "
+        "the most frequent token, in 5 minutes on two cores (measured with this program)",
         finds_data=True,
     ),
     **{

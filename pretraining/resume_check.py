@@ -2,10 +2,10 @@
 
     python -m pretraining.resume_check --kills=20 --folder=/tmp/check -- --recipe=demo_two_phase
 
-Everything behind `--` goes to `pretraining.run`. The run is made twice: in FOLDER/whole without a
-break; in FOLDER/killed with SIGKILL at moments drawn from --seed, in turn while it trains, inside a
-save, about where a phase begins and while it starts, repeated each time until it is done. Then
-every array of both final checkpoints is compared bit for bit, and every line of the logs but rates.
+What stands behind `--` goes to `pretraining.run`. The run is made twice: in FOLDER/whole without a
+break; in FOLDER/killed with SIGKILL at moments drawn from --seed, while it starts, trains, saves or
+changes phase, and repeated until it is done. Then every array of both final checkpoints is compared
+bit for bit, and every line of the logs, rates left out.
 """
 
 import contextlib
@@ -50,9 +50,8 @@ class CheckConfig:
         if not self.folder:
             raise InputError("--folder: expected. Received: nothing")
         folder = pathlib.Path(self.folder)
-        if "://" in self.folder or (
-            folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-        ):
+        taken = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+        if "://" in self.folder or taken:
             raise InputError(f"--folder={self.folder}: expected a new or empty local folder")
 
 
@@ -63,7 +62,6 @@ class Run:
         self.folder = folder
         self._log = folder.with_suffix(".log")
         self._command = [sys.executable, "-m", "pretraining.run", *flags, f"--output_dir={folder}"]
-        self._process: subprocess.Popen | None = None
 
     @contextlib.contextmanager
     def started(self):
@@ -109,10 +107,9 @@ class Run:
 
     def saves(self) -> set[str]:
         """The names in checkpoints/, finished or not."""
-        try:
+        with contextlib.suppress(OSError):
             return set(os.listdir(self.folder / "checkpoints"))
-        except OSError:
-            return set()
+        return set()
 
     def saved_step(self) -> int:
         """The step of the newest checkpoint that has its index."""
@@ -161,7 +158,7 @@ def plan_kills(whole: Whole, kills: int, draw: random.Random) -> list[tuple[str,
 
 
 class Killer:
-    """Kills a run at moments that are spread over it."""
+    """Kills a run, again and again."""
 
     def __init__(self, run: Run, whole: Whole, draw: random.Random):
         self._run = run
@@ -213,18 +210,14 @@ class Killer:
             if not run.wait(lambda: bool(run.saves() - names)):
                 return False
             end = time.monotonic() + draw(0.0, SAVE_SECONDS)
-        else:  # the end of a phase, its save and evaluation, and the next one's first steps
-            loops = 4.0 if moment == BOUNDARY else 1.0
+        else:
+            loops = 4.0 if moment == BOUNDARY else 1.0  # till after its save and evaluation
             end = time.monotonic() + draw(0.0, loops * self._whole.loop_seconds)
         return run.wait(lambda: time.monotonic() >= end)
 
 
 def checkpoint_differences(whole: pathlib.Path, killed: pathlib.Path) -> tuple[int, list[str]]:
-    """Compares the final checkpoints bit for bit.
-
-    Returns:
-      How many arrays they have, and a line for each that differs.
-    """
+    """Returns how many arrays the final checkpoints have, and a line for each that differs."""
     import numpy as np
     import tensorflow as tf
 
@@ -246,16 +239,10 @@ def checkpoint_differences(whole: pathlib.Path, killed: pathlib.Path) -> tuple[i
 
 
 def log_differences(whole: pathlib.Path, killed: pathlib.Path, name: str) -> tuple[int, list[str]]:
-    """Compares two logs line by line, all but rates; every step must stand once.
-
-    Returns:
-      How many lines the first one has, and a line for each step that differs.
-    """
-    logs = []
-    for run in (whole, killed):
-        path = run / name
-        lines = path.read_text().splitlines() if path.exists() else []
-        logs.append([_comparable(line) for line in lines])
+    """Returns how many lines the first log has, and a line for each that differs, rates left out."""
+    paths = (whole / name, killed / name)
+    texts = (path.read_text() if path.exists() else "" for path in paths)
+    logs = [[_comparable(line) for line in text.splitlines()] for text in texts]
     different = [
         f"{name} line {number}: {a} and {b}"
         for number, (a, b) in enumerate(itertools.zip_longest(*logs), 1)
@@ -282,18 +269,15 @@ def check(run_flags: Sequence[str], config: CheckConfig) -> int:
     with console.timed("Killed and restarted"):
         kills = Killer(broken, facts, random.Random(config.seed)).kill_until_done(config.kills)
     arrays, different = checkpoint_differences(whole.folder, broken.folder)
-    lines = 0
-    for name in LOGS:
-        count, others = log_differences(whole.folder, broken.folder, name)
-        lines, different = lines + count, different + others
+    logs = [log_differences(whole.folder, broken.folder, name) for name in LOGS]
+    lines, different = sum(n for n, _ in logs), sum((lines for _, lines in logs), different)
     for difference in different[:20]:
         console.say(f"Different: {difference[:300]}")
     if not different:
         console.say(f"Equal: {arrays} arrays bit for bit, {lines} lines of logs")
     if kills < config.kills:
         console.say(
-            f"Killed {kills} times of {config.kills}: the run was done before. More updates or a "
-            "smaller --save_every_steps make room for more"
+            f"Killed {kills} times of {config.kills}: the run was done before; more updates make room"
         )
     return DIFFERENT if different or kills < config.kills else 0
 
