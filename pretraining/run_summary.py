@@ -6,19 +6,23 @@ from typing import Any
 from pretraining import console, evaluation
 from pretraining.data import Data
 from pretraining.run_directory import RunDirectory
+from pretraining.run_report import write_report
 
 
-def summarize(
+def publish(
+    directory: RunDirectory,
+    *,
     step: int,
     checkpoint: str | None,
     last: Mapping[str, Any],
     result: Mapping[str, float] | None,
     evaluated: Mapping[str, Any],
     data: Data,
-) -> dict[str, Any]:
-    """Returns the content of `summary.json`.
+) -> None:
+    """Writes `summary.json` and `report.html`, and prints the result.
 
     Args:
+      directory: of the run.
       step: updates made.
       checkpoint: the path of the last one.
       last: the metrics of the last updates.
@@ -39,7 +43,9 @@ def summarize(
             "most_frequent_token": data.words.tokens[token],
             "most_frequent_token_accuracy": evaluation.constant_accuracy(token, data.held_out),
         }
-    return summary
+    directory.write_json("summary.json", summary)
+    write_report(directory)
+    say_result(summary, directory)
 
 
 def say_result(summary: Mapping[str, Any], directory: RunDirectory) -> None:

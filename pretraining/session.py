@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import orbit
 import tensorflow as tf
@@ -25,8 +24,7 @@ from pretraining.profiling import Profile
 from pretraining.run_directory import RunDirectory
 from pretraining.run_logs import NoLogs, RunLogs
 from pretraining.run_plan import PhasePlan
-from pretraining.run_report import write_report
-from pretraining.run_summary import say_result, summarize
+from pretraining.run_summary import publish, say_result
 from pretraining.train_step import PretrainingStep, SkippedSteps, Trainer
 
 
@@ -142,21 +140,16 @@ class Session:
                 return False
             last, result = logs.last, logs.last_evaluation
         if self._chief:
-            self._finish(last, result)
+            publish(
+                self._directory,
+                step=self.step,
+                checkpoint=self._checkpoints.newest,
+                last=last,
+                result=result,
+                evaluated=self._held_out.evaluated(self.step),
+                data=self._data[-1],
+            )
         return True
-
-    def _finish(self, last: dict[str, Any], result: dict[str, Any] | None) -> None:
-        summary = summarize(
-            self.step,
-            self._checkpoints.newest,
-            last,
-            result,
-            self._held_out.evaluated(self.step),
-            self._data[-1],
-        )
-        self._directory.write_json("summary.json", summary)
-        write_report(self._directory)
-        say_result(summary, self._directory)
 
     def _restored_and_done(self) -> bool:
         """Restores the newest checkpoint, if any; tells whether nothing is left to do.
@@ -189,13 +182,10 @@ class Session:
         return True
 
     def _start_from_weights(self) -> None:
-        path = self._config.init_checkpoint
-        if path:
-            weights = Checkpoints(
-                self._directory.path, tf.train.Checkpoint(model=self._model), keep=1
-            )
+        if path := self._config.init_checkpoint:
+            weights = tf.train.Checkpoint(model=self._model)
             with self._strategy.scope():
-                weights.restore_from(path, "--init_checkpoint")
+                Checkpoints("", weights, keep=1).restore_from(path, "--init_checkpoint")
             console.say(f"Starting from the weights of {path}")
 
     def _train_phase(self, outlook: Outlook) -> None:

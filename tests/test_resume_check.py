@@ -49,7 +49,7 @@ def test_kills_are_spread_over_the_run_and_what_it_does():
     whole = resume_check.Whole(steps=600, boundaries=(500,), loop_steps=20, loop_seconds=1.0)
     kills = resume_check.plan_kills(whole, 20, random.Random(1))
     steps = [step for _, step in kills]
-    assert len(kills) == 20 and steps == sorted(steps) and 0 <= steps[0] and steps[-1] < 600
+    assert len(kills) == 20 and steps == sorted(steps) and steps[0] >= 0 and steps[-1] < 600
     moments = {moment for moment, _ in kills}
     assert moments == {
         resume_check.TRAINS,

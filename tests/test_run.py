@@ -84,7 +84,7 @@ def short(records, output_dir, steps=12, **flags):
 
 def test_a_run_leaves_what_it_promises(small_records, tmp_path, capsys):
     out = tmp_path / "run"
-    assert train(*short(small_records, out)) == 0
+    assert train(*short(small_records, out, log_layers_every_steps=12)) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"Output: {out}\n")
     assert "Always guessing the most frequent token" in printed
@@ -109,7 +109,14 @@ def test_a_run_leaves_what_it_promises(small_records, tmp_path, capsys):
     labels = labels_of(small_records.folder / "eval.tfrecord")
     token = small_records.words.ids[summary["eval"]["most_frequent_token"]]
     assert baseline == pytest.approx(labels.count(token) / len(labels))
-    assert list((out / "tensorboard").rglob("events*"))
+    names = json.loads((out / "layers.jsonl").read_text().splitlines()[0])["names"]
+    curves = curves_of(out / "tensorboard/train")
+    assert len(names) > 20 and {f"trust_ratio/{name}" for name in names} <= set(curves)
+    assert curves["loss"] == pytest.approx({line["step"]: line["loss"] for line in lines})
+    assert curves[f"trust_ratio/{names[0]}"].keys() == {12}, "every 12 steps, as the flag says"
+    assert set(curves_of(out / "tensorboard/eval")["mlm_accuracy"]) == {6, 12}
+    page = (out / "report.html").read_text()
+    assert "Trust ratio" in page and names[0] in page and "<script src" not in page
     assert summary["evaluated"]["eval_files"] and summary["evaluated"]["eval_steps"] == 0
 
     before = {p: p.read_bytes() for p in out.glob("*.json*")}
@@ -123,6 +130,18 @@ def test_a_run_leaves_what_it_promises(small_records, tmp_path, capsys):
     printed = capsys.readouterr().out
     value = float(re.search(r"mlm_loss: ([\d.]+)", printed)[1])
     assert value == pytest.approx(summary["eval"]["mlm_loss"], abs=1e-5)
+
+
+def curves_of(folder):
+    """The points of each tag, by step."""
+    curves = {}
+    for path in folder.glob("events*"):
+        for content in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+            event = tf.compat.v1.Event.FromString(content)
+            for value in event.summary.value:
+                assert event.step not in curves.setdefault(value.tag, {}), "each step once"
+                curves[value.tag][event.step] = float(tf.make_ndarray(value.tensor))
+    return curves
 
 
 def labels_of(path):
@@ -597,6 +616,14 @@ def test_the_default_run_learns_from_text_that_it_finds(tmp_path):
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "Data: " in printed
     assert "This run is done: 4 updates." in printed
+
+
+def test_a_profile_of_some_updates_is_recorded(small_records, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(*short(small_records, out, 6, warmup_steps=1), "--profile_steps=2:4") == 0
+    assert f"Profile of updates 3 to 4: {out}/tensorboard/profile" in capsys.readouterr().out
+    assert list((out / "tensorboard/profile").rglob("*.xplane.pb"))
+    assert [line["step"] for line in metrics_of(out)] == [2, 4, 6]
 
 
 def test_help_lists_every_flag_without_importing_tensorflow(capsys):
