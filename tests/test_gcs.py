@@ -1,20 +1,22 @@
 """Runs whose files are all on gs://, through TensorFlow's own client, and what goes wrong there."""
 
+import collections
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from pretraining import files, inspect_data, make_data, make_vocab
+from pretraining import files, inspect_data, make_data, make_vocab, run_lock
 from pretraining.errors import InputError
-from pretraining.run_directory import MetricsLog, RunDirectory
+from pretraining.metrics_log import MetricsLog, read
+from pretraining.run_directory import RunDirectory
 from tests.conftest import write_records
 from tests.gcs_server import ROOT, gcs  # noqa: F401
 from tests.test_run import assert_one_line, short, train
@@ -45,78 +47,133 @@ def metrics_of(gcs, output_dir):  # noqa: F811
 
 
 def at_step(monkeypatch, number, action):
-    """Does something right after the metrics of a step have been written."""
+    """Does something right after the metrics of training up to a step have been written."""
     plain = MetricsLog.write
 
     def write(log, step, metrics):
         plain(log, step, metrics)
-        if step == number:
+        if step == number and "learning_rate" in metrics:  # no evaluation
             action()
 
     monkeypatch.setattr(MetricsLog, "write", write)
 
 
-def test_a_run_on_gs_through_interruptions_and_failing_requests(
+def objects_of(gcs, folder):  # noqa: F811
+    """What a folder holds, by the rest of the name."""
+    begin = len(folder.removeprefix(f"{gcs.bucket}/")) + 1
+    names = [name for name in gcs.names(f"{folder}/") if len(name) > begin]
+    return {name[begin:]: gcs.content(f"{gcs.bucket}/{name}") for name in names}
+
+
+def put_objects(folder, objects):
+    for name, content in objects.items():
+        with tf.io.gfile.GFile(f"{folder}/{name}", "wb") as file:
+            file.write(content)
+
+
+def test_a_run_on_gs_through_a_kill_damage_and_failing_requests(
     gcs,  # noqa: F811
     data,
     small_records,
     monkeypatch,
     capsys,
 ):
-    out = f"{gcs.bucket}/runs/unbroken"
+    unbroken = f"{gcs.bucket}/runs/unbroken"
+    flags = [
+        *flags_of(small_records, data, unbroken),
+        "--num_train_steps=9",
+        "--save_every_steps=3",
+    ]
     # The usual role for a bucket's objects does not let one ask for the bucket itself.
     gcs.deny("storage.buckets.get")
-    assert train(*flags_of(small_records, data, out)) == 0
-    expected = metrics_of(gcs, out)
-    assert [line["step"] for line in expected] == [3, 6, 9, 12]
-    config = json.loads(gcs.content(f"{out}/config.json"))
-    assert config["flags"]["output_dir"] == out
-    summary = json.loads(gcs.content(f"{out}/summary.json"))
-    assert summary["checkpoint"] == f"{out}/checkpoints/ckpt-12"
-    written = [name.removeprefix("runs/unbroken/") for name in gcs.names(out)]
-    assert {"checkpoints/ckpt-6.index", "checkpoints/ckpt-12.index"} <= set(written)
-    assert not [name for name in written if "temp" in name or "unfinished" in name]
+    for name, seconds in {"BEAT": 1.0, "LOOK": 0.1, "SETTLE": 0.0}.items():
+        monkeypatch.setattr(run_lock, f"{name}_SECONDS", seconds)
+    at_nine = {}
+
+    def look_at_nine():
+        assert train(*flags) == 2  # another run in the same folder
+        at_nine.update(objects_of(gcs, unbroken))
+        monkeypatch.setattr(run_lock, "BEAT_SECONDS", 15.0)  # the end waits that long for a beat
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 9, look_at_nine)
+        assert train(*flags) == 0
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert error.startswith(f"error: --output_dir={unbroken}: expected a folder for this run alone")
+    assert f"one in which process {os.getpid()} on" in error and error.endswith("is at work")
+    assert_nothing_is_written_often(gcs)
+    expected = metrics_of(gcs, unbroken)
+    assert [line["step"] for line in expected] == [3, 6, 9]
+    before = objects_of(gcs, unbroken)
+    assert json.loads(before["config.json"])["flags"]["output_dir"] == unbroken
+    assert json.loads(before["summary.json"])["checkpoint"] == f"{unbroken}/checkpoints/ckpt-9"
+    kept = {f"checkpoints/ckpt-{step}.index" for step in (3, 6, 9)}
+    assert {name for name in before if name.endswith(".index")} == kept
+    left_over = re.compile(r"temp|unfinished|\.parts|\.lock|\.write_test")
+    assert not [name for name in before if left_over.search(name)]
     for kind in ("train", "eval"):
-        assert any(f"tensorboard/{kind}/events" in name for name in written)
+        assert any(f"tensorboard/{kind}/events" in name for name in before)
+    assert train(*flags) == 0
+    assert "This run is done: 9 updates." in capsys.readouterr().out
+    assert objects_of(gcs, unbroken) == before
 
-    before = {name: gcs.content(f"{gcs.bucket}/{name}") for name in gcs.names(out)}
-    capsys.readouterr()
-    assert train(*flags_of(small_records, data, out)) == 0
-    assert "This run is done: 12 updates." in capsys.readouterr().out
-    assert {name: gcs.content(f"{gcs.bucket}/{name}") for name in gcs.names(out)} == before
-
-    out = f"{gcs.bucket}/runs/broken"
-    flags = flags_of(small_records, data, out)
+    # What a kill at step 9 leaves: parts of logs, the lock; and the newest checkpoint is damaged.
+    broken = f"{gcs.bucket}/runs/broken"
+    assert {".lock", "metrics.jsonl.parts/0000000003.jsonl"} <= set(at_nine)
+    at_nine["checkpoints/ckpt-6.data-00000-of-00001"] = b"short"
+    put_objects(broken, at_nine)
+    flags[flags.index(f"--output_dir={unbroken}")] = f"--output_dir={broken}"
     gcs.deny()
-    gcs.fail_every(7)
-    with monkeypatch.context() as patch:  # after the first checkpoint the right to write is lost
-        at_step(patch, 9, lambda: gcs.deny("storage.objects.create"))
+    gcs.fail_every(5)
+    monkeypatch.setattr(run_lock, "EXPIRY_SECONDS", 0.5)
+    with monkeypatch.context() as patch:  # between two checkpoints the right to write is lost
+        at_step(patch, 6, lambda: gcs.deny("storage.objects.create"))
         assert train(*flags) == 2
     printed = capsys.readouterr()
+    assert f"process {os.getpid()} on" in printed.out and "was at work here last" in printed.out
+    assert re.search("ckpt-6 is damaged .*Trying the one before", printed.out)
+    assert f"Going on from {broken}/checkpoints/ckpt-3" in printed.out
     assert "Traceback" not in printed.err + printed.out
     last = printed.err.splitlines()[-1]
     assert last.startswith("error: ") and "storage.objects.create" in last and "bucket-" in last
     gcs.deny()
-    gcs.fail_every(7, after=True)
-    with monkeypatch.context() as patch:
-        at_step(patch, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert train(*flags) == 0
-    printed = capsys.readouterr().out
-    assert "Going on from gs://" in printed and "SIGTERM: stopped after 9 of 12" in printed
+    gcs.fail_every(5, after=True)
     assert train(*flags) == 0
+    assert f"Going on from {broken}/checkpoints/ckpt-3" in capsys.readouterr().out
     assert {503, 308} < {request.status for request in gcs.requests()}
-    found = metrics_of(gcs, out)
-    assert [line["step"] for line in found] == [3, 6, 9, 12]
+
+    after = objects_of(gcs, broken)
+    assert not [name for name in after if left_over.search(name)]
+    found = metrics_of(gcs, broken)
+    assert [line["step"] for line in found] == [3, 6, 9]
     for one, other in zip(found, expected, strict=True):
         for name in ("loss", "mlm_loss", "grad_norm", "learning_rate"):
             assert one[name] == pytest.approx(other[name], rel=1e-4)
-    ends = [
-        tf.train.load_checkpoint(f"{gcs.bucket}/runs/{n}/checkpoints/ckpt-12")
-        for n in ("unbroken", "broken")
-    ]
+    steps = [json.loads(line)["step"] for line in after["evaluations.jsonl"].splitlines()]
+    assert steps == [6, 9]
+    assert points_of(gcs, broken) == points_of(gcs, unbroken)
+    ends = [tf.train.load_checkpoint(f"{out}/checkpoints/ckpt-9") for out in (unbroken, broken)]
     for name in ends[0].get_variable_to_shape_map():
         if "VARIABLE_VALUE" in name and "model" in name:
             np.testing.assert_allclose(*(e.get_tensor(name) for e in ends), rtol=1e-3, atol=1e-5)
+
+
+def assert_nothing_is_written_often(gcs):  # noqa: F811
+    """Of three loops that each end in a checkpoint; the heartbeat of the lock aside."""
+    requests = [r for r in gcs.requests() if "/.lock" not in unquote(r.name)]
+    writes = collections.Counter(r.name for r in requests if r.action in ("create", "rewrite"))
+    assert max(writes.values()) <= 5 and len(requests) < 500
+
+
+def points_of(gcs, out):  # noqa: F811
+    """The tags and steps of all TensorBoard events, each as often as it stands there."""
+    points = collections.Counter()
+    for name in gcs.names(f"{out}/tensorboard/"):
+        if "tfevents" in name:
+            for content in tf.data.TFRecordDataset(f"{gcs.bucket}/{name}").as_numpy_iterator():
+                event = tf.compat.v1.Event.FromString(content)
+                points.update((value.tag, event.step) for value in event.summary.value)
+    return points
 
 
 # What is taken away from whom, and what the line must hold.
@@ -259,8 +316,11 @@ def test_a_run_directory_on_gs(gcs):  # noqa: F811
     log = MetricsLog(directory.join("metrics.jsonl"), 0)
     for step in (1, 2, 3):
         log.write(step, {"loss": float(step)})
-        assert [m["step"] for m in metrics_of(gcs, directory.path)] == list(range(1, step + 1))
+    log.flush()
+    assert metrics_of(gcs, directory.path) == []  # they are in a part until the log is closed
+    assert [m["step"] for m in read(directory.join("metrics.jsonl"))] == [1, 2, 3]
     log.close()
+    assert [m["step"] for m in metrics_of(gcs, directory.path)] == [1, 2, 3]
     log = MetricsLog(directory.join("metrics.jsonl"), 2)  # a start from the checkpoint of step 2
     assert log.last == {"loss": 2.0}
     log.write(3, {"loss": 30.0})

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,15 +18,21 @@ from tests.test_interruption import metadata_server
 from tests.test_run import short
 
 ROOT = pathlib.Path(__file__).parents[1]
-STEPS, SAVE_EVERY, EVAL_EVERY, LOOP = 120, 10, 60, 4
+STEPS, SAVE_EVERY, LOOP = 80, 10, 4
 RATES = ("examples_per_sec", "tokens_per_sec", "model_flops_utilization")
-# Imports once and forks for each run; TensorFlow starts nothing before it is used. Takes lines of
-# [flags, environment, file for what it prints] and answers with the process and how that ended.
+# Imports once and forks for each run; TensorFlow starts nothing before it is used. A line of
+# [flags, environment, file for what it prints] is answered with the process, one that is the number
+# of a process with how that has ended. The report of a run, not looked at here, takes seconds.
 STARTER = """
 import json, os, sys
-from pretraining import run, training
+from pretraining import run, run_summary, training
+run_summary.write_report = lambda directory: None
 for line in sys.stdin:
-    flags, environment, log = json.loads(line)
+    asked = json.loads(line)
+    if isinstance(asked, int):
+        print(os.waitstatus_to_exitcode(os.waitpid(asked, 0)[1]), flush=True)
+        continue
+    flags, environment, log = asked
     child = os.fork()
     if not child:
         for number in (1, 2):
@@ -35,16 +42,13 @@ for line in sys.stdin:
         sys.stdout.flush()
         os._exit(status)
     print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
 class Starter:
-    """Starts one run after the other, each in a process of its own."""
+    """Starts runs, each in a process of its own."""
 
-    def __init__(self, log):
-        self._log = log
-        self._running: int | None = None
+    def __init__(self):
         environment = {k: v for k, v in os.environ.items() if k != "GCE_METADATA_HOST"}
         self._process = subprocess.Popen(
             [sys.executable, "-c", STARTER],
@@ -54,34 +58,37 @@ class Starter:
             text=True,
             env={**environment, "NO_GCE_CHECK": "true", "PYTHONUNBUFFERED": "1"},
         )
+        self._alive: set[int] = set()
 
-    def start(self, flags, **environment):
-        """Starts a run; returns its process."""
-        self._log.write_text("")
-        line = json.dumps([flags, environment, str(self._log)])
-        self._process.stdin.write(f"{line}\n")
+    def _ask(self, asked):
+        self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
-        self._running = int(self._process.stdout.readline())
-        return self._running
+        return int(self._process.stdout.readline())
 
-    def end(self):
-        """Waits for the end of the run; returns its status, below 0 a signal, and what it printed."""
-        status, self._running = int(self._process.stdout.readline()), None
-        printed = self._log.read_text()
-        assert "Traceback" not in printed, printed
-        return status, printed
+    def start(self, flags, log, **environment):
+        """Starts a run that prints into an empty file; returns its process."""
+        log.write_text("")
+        process = self._ask([flags, environment, str(log)])
+        self._alive.add(process)
+        return process
+
+    def status(self, process):
+        """Waits for the end of a run; returns its exit status, or the signal below 0."""
+        status = self._ask(process)
+        self._alive.remove(process)
+        return status
 
     def close(self):
-        """Ends, and with it a run that a failed test has left."""
-        if self._running:
-            os.kill(self._running, signal.SIGKILL)
+        """Ends, and with it the runs that a failed test has left."""
+        for process in self._alive:
+            os.kill(process, signal.SIGKILL)
         self._process.stdin.close()
         self._process.wait(60)
 
 
 @pytest.fixture
-def starter(tmp_path):
-    starter = Starter(tmp_path / "printed.txt")
+def starter():
+    starter = Starter()
     yield starter
     starter.close()
 
@@ -97,7 +104,7 @@ def flags(small_records, tmp_path):
         "",
         STEPS,
         save_every_steps=SAVE_EVERY,
-        eval_every_steps=EVAL_EVERY,
+        mode="train",
         steps_per_loop=LOOP,
         log_layers_every_steps=LOOP,
         jit_compile=True,
@@ -122,25 +129,18 @@ def lines_of(out, name):
 
 
 def is_saving(out):
-    """Whether the run has begun a checkpoint that cannot be seen yet."""
-    begun = [path.name for path in (out / "checkpoints").glob("ckpt-*_temp")]
-    return any(int(name[5:-5]) not in checkpoints_of(out) for name in begun)
+    """Whether a checkpoint after another one has been begun and cannot be seen yet."""
+    begun, seen = list((out / "checkpoints").glob("ckpt-*_temp")), checkpoints_of(out)
+    return bool(seen) and any(int(path.name[5:-5]) not in seen for path in begun)
 
 
-def is_ahead(out):
-    """Whether a loop after the newest checkpoint of this start has been logged."""
-    logged = [line["step"] for line in lines_of(out, "metrics")]
-    return bool(logged) and logged[-1] > max(checkpoints_of(out), default=0) > SAVE_EVERY
-
-
-def kill_when(process, condition):
-    """Kills a process at a moment that is looked at while it stands still."""
+def stop_when(process, condition):
+    """Lets a process stand still at a moment."""
     for _ in range(60_000):
         if condition():
             os.kill(process, signal.SIGSTOP)
             time.sleep(0.05)  # for a thread in the middle of a call
             if condition():
-                os.kill(process, signal.SIGKILL)
                 return
             os.kill(process, signal.SIGCONT)
         time.sleep(0.001)
@@ -164,38 +164,40 @@ def without_rates(lines):
 
 
 def test_after_kills_and_a_preemption_the_end_is_that_of_an_unbroken_run(starter, flags, tmp_path):
-    out, whole = tmp_path / "broken", tmp_path / "whole"
-    broken_flags = [*flags, f"--output_dir={out}"]
+    out, whole, log = tmp_path / "broken", tmp_path / "whole", tmp_path / "printed.txt"
+    broken = [*flags, f"--output_dir={out}"]
 
-    kill_when(starter.start(broken_flags), lambda: is_saving(out))
-    assert starter.end()[0] == -signal.SIGKILL
-    begun = checkpoints_of(out)
-
-    kill_when(starter.start(broken_flags), lambda: is_ahead(out))
-    status, printed = starter.end()
-    assert status == -signal.SIGKILL
-    assert not begun or f"Going on from {out}/checkpoints/ckpt-{begun[-1]}\n" in printed
-    assert not list((out / "checkpoints").glob("*_temp"))
+    # What stands on the disk while the unbroken run makes a checkpoint is what a kill leaves.
+    unbroken = starter.start([*flags, f"--output_dir={whole}"], tmp_path / "whole.txt")
+    stop_when(unbroken, lambda: is_saving(whole))
+    shutil.copytree(whole, out)
+    os.kill(unbroken, signal.SIGCONT)
+    assert starter.status(unbroken) == 0
+    assert is_saving(out)
     saved = checkpoints_of(out)[-1]
+    assert lines_of(out, "metrics")[-1]["step"] > saved  # logs go beyond what can be restored
+
+    process = starter.start(broken, log)
+    stop_when(process, lambda: "Going on from" in log.read_text())
+    os.kill(process, signal.SIGKILL)
+    assert starter.status(process) == -signal.SIGKILL
 
     answers = {
         "preempted": [(200, b"FALSE"), (200, b"TRUE")],
         "maintenance-event": [(200, b"NONE")],
     }
     with metadata_server(answers) as (host, _):
-        starter.start(broken_flags, GCE_METADATA_HOST=host)
-        status, printed = starter.end()
+        process = starter.start(broken, log, GCE_METADATA_HOST=host)
+        status, printed = starter.status(process), log.read_text()
     assert status == 75, printed
     assert f"Going on from {out}/checkpoints/ckpt-{saved}\n" in printed
-    stopped = re.search(r"preemption notice: stopped after (\d+) of 120 updates and saved", printed)
+    assert not list((out / "checkpoints").glob("*_temp*"))
+    stopped = re.search(r"preemption notice: stopped after (\d+) of 80 updates and saved", printed)
     reached = int(stopped[1])
     assert saved < reached < STEPS and checkpoints_of(out)[-1] == reached
 
-    starter.start(broken_flags)
-    status, printed = starter.end()
-    assert status == 0 and f"Going on from {out}/checkpoints/ckpt-{reached}\n" in printed
-    starter.start([*flags, f"--output_dir={whole}"])
-    assert starter.end()[0] == 0
+    status, printed = starter.status(starter.start(broken, log)), log.read_text()
+    assert status == 0 and f"Going on from {out}/checkpoints/ckpt-{reached}\n" in printed, printed
 
     ends = [
         tf.train.load_checkpoint(f"{folder}/checkpoints/ckpt-{STEPS}") for folder in (out, whole)
@@ -205,7 +207,6 @@ def test_after_kills_and_a_preemption_the_end_is_that_of_an_unbroken_run(starter
     assert len(names) > 60  # weights, two moments of each, counters
     for name in names:
         np.testing.assert_array_equal(*(end.get_tensor(name) for end in ends), err_msg=name)
-    for name in ("evaluations", "layers"):
-        assert lines_of(out, name) == lines_of(whole, name) != [], name
+    assert lines_of(out, "layers") == lines_of(whole, "layers") != []
     assert without_rates(lines_of(out, "metrics")) == without_rates(lines_of(whole, "metrics"))
     assert points_of(out) == points_of(whole)
