@@ -11,8 +11,8 @@ from pretraining.train_step import SkippedSteps
 # A loss of so many times that of calling all tokens equally likely comes from weights gone wild.
 EXPLODED = 10.0
 _REMEDY = (
-    "Nothing was saved since the last checkpoint; a lower --learning_rate or a longer --warmup_steps "
-    "may help"
+    "A lower --learning_rate or a longer --warmup_steps may help; they make another run, so it needs "
+    "another --output_dir, and --init_checkpoint if it shall start from a checkpoint of this one"
 )
 
 

@@ -35,8 +35,13 @@ class BatchPlan:
     def __str__(self) -> str:
         return (
             f"{self.global_batch_size} = {self.per_replica_batch_size} rows x "
-            f"{self.num_replicas} replicas x {self.accumulation_steps} micro-batches"
+            f"{_counted(self.num_replicas, 'replica')} x "
+            f"{_counted(self.accumulation_steps, 'micro-batch', 'micro-batches')}"
         )
+
+
+def _counted(count: int, one: str, many: str = "") -> str:
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
 
 
 def plan_training(phase: Phase, num_replicas: int, rows_that_fit: int) -> BatchPlan:
@@ -64,7 +69,7 @@ def plan_training(phase: Phase, num_replicas: int, rows_that_fit: int) -> BatchP
             f"--train_batch_size={size}: expected a multiple of {num_replicas} replicas{accumulation}"
         )
     rows = size // num_replicas
-    fitting = (d for d in range(1, rows + 1) if rows % d == 0 and rows // d <= rows_that_fit)
+    fitting = (d for d in range(-(-rows // rows_that_fit), rows + 1) if rows % d == 0)
     return BatchPlan(
         global_batch_size=size,
         num_replicas=num_replicas,

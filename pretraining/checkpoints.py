@@ -120,7 +120,10 @@ class Checkpoints:
         """
         path = path.removesuffix(".index")
         if not files.is_file(f"{path}.index", flag):
-            raise InputError(f"{flag}={path}: expected a checkpoint. Received: none there")
+            raise InputError(
+                f"{flag}={path}: expected a checkpoint, a path that ends in ckpt-<step>. Received: none "
+                "there"
+            )
         try:
             self._read(path, f"{flag}={path}")
         except _Damaged as damage:

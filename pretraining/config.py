@@ -39,7 +39,9 @@ class Config:
     )
     tpu_zone: str = flag("", "zone of a TPU given by name")
     gcp_project: str = flag("", "Google Cloud project of a TPU given by name")
-    virtual_devices: int = flag(0, "number of logical CPU replicas, 0 for none", at_least=0)
+    virtual_devices: int = flag(
+        0, "number of logical CPU replicas, 0 for none", at_least=0, at_most=256
+    )
     jit_compile: bool = flag(
         True, "let XLA compile forward and backward pass; on a TPU it always does"
     )
@@ -72,7 +74,9 @@ class Config:
     model: str = flag("tiny", "size of the BERT", choices=MODEL_NAMES)
     bert_config_file: str = flag("", "a bert_config.json, instead of --model")
     init_checkpoint: str = flag(
-        "", "start from the weights of this checkpoint of a run of this program, at step 0"
+        "",
+        "start from the weights of this checkpoint of a run of this program, at step 0",
+        identity=True,
     )
 
     # The optimizer and its schedule.
@@ -94,7 +98,9 @@ class Config:
         per_phase=True,
         at_most=0,
     )
-    num_train_steps: int = flag(800, "updates", identity=True, per_phase=True, at_least=1)
+    num_train_steps: int = flag(
+        800, "updates", identity=True, per_phase=True, at_least=1, at_most=10**8
+    )
     poly_power: float = flag(
         1.0, "power of the polynomial decay", identity=True, per_phase=True, at_least=0.0
     )
@@ -130,6 +136,7 @@ class Config:
         identity=True,
         per_phase=True,
         at_least=0,
+        at_most=2**24,
     )
     eval_batch_size: int = flag(
         0, "global batch of the evaluation; 0 for a micro-batch on each replica", at_least=0

@@ -65,7 +65,8 @@ def warmups_of(config: "Config") -> tuple[int, ...]:
         if warmup + first >= total:
             raise InputError(
                 f"--warmup_steps={warmup}: expected the warm-up to end before --num_train_steps. "
-                f"Received: --num_train_steps={total}"
+                f"Received: --num_train_steps={total} (--recipe={config.recipe} has what is not given "
+                "by hand)"
             )
         if -first > warmup:
             raise InputError(

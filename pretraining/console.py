@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import tqdm
 
-BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit} [{rate_fmt}, {remaining} left]{postfix}"
+BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{unit} [{rate_noinv_fmt}, {remaining} left]{postfix}"
 LOG_LINE = BAR.replace("{bar}", "{bar:20}") + "\n"
 
 _silenced = []  # the standard output that `quiet` has set aside
@@ -77,3 +77,11 @@ def timed(description: str) -> Iterator[None]:
     started = time.monotonic()
     yield
     say(f"{description}: {time.monotonic() - started:.1f} s")
+
+
+def leave_out(bar: tqdm.tqdm, count: int) -> None:
+    """Counts units as done but leaves the time that they took, compilation say, out of the rate."""
+    bar.n += count
+    bar.initial = bar.last_print_n = bar.n
+    bar.start_t = bar.last_print_t = time.time()
+    bar.refresh()

@@ -98,6 +98,8 @@ def parse(argv: Sequence[str], program: str, settings: type[Settings]) -> Settin
             define, default = flags.DEFINE_string, str(default)
         limits = field.metadata["limits"]
         text = field.metadata["help"]
+        if field.metadata["per_phase"]:
+            text += "; several phases: a comma-separated list"
         if "choices" in limits:
             text += f" ({', '.join(limits['choices'])})"
         define(field.name, default, text, flag_values=values, module_name="flags")

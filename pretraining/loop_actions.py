@@ -9,7 +9,7 @@ from typing import Any
 import tqdm
 
 from lamb_tf.keras2 import WarmupPolynomialDecay
-from pretraining import model_flops
+from pretraining import console, model_flops
 from pretraining.bad_numbers import check_loss, check_skipped
 from pretraining.config import Config
 from pretraining.interruption import Interrupted
@@ -72,6 +72,7 @@ class LoopActions:
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last loop, an evaluation say, out of the rates."""
+        self._outlook.bar.unpause()
         self._then = time.monotonic()
 
     def obey_requests(self) -> None:
@@ -111,7 +112,10 @@ class LoopActions:
             f" loss {values['loss']:.3f}, masked-LM accuracy {values['mlm_accuracy']:.1%}",
             refresh=False,
         )
-        outlook.bar.update(step - before)
+        if self._loops == 1:  # it has compiled
+            console.leave_out(outlook.bar, step - before)
+        else:
+            outlook.bar.update(step - before)
         self.restart_clock()
         if step < outlook.config.total_steps:  # else there is nothing left to stop
             self.obey_requests()

@@ -32,8 +32,13 @@ class Profile:
             with writing(self._folder):
                 tf.profiler.experimental.start(self._folder)
             self._at_work = True
-        elif step == end and self._at_work:
+        elif step == end:
+            self.end()
+
+    def end(self) -> None:
+        """Ends the profile if it is being recorded, before its time where the run stops."""
+        if self._at_work:
             with writing(self._folder):
                 tf.profiler.experimental.stop()
             self._at_work = False
-            console.say(f"Profile of updates {begin + 1} to {end}: {self._folder}")
+            console.say(f"Profile of updates {self._span[0] + 1} and on: {self._folder}")

@@ -96,6 +96,11 @@ class RunDirectory:
         with writing(self.join(name)):
             files.write(self.join(name), json.dumps(values, indent=2) + "\n")
 
+    def remove(self, name: str) -> None:
+        """Removes a file of the run."""
+        with writing(self.join(name)):
+            tf.io.gfile.remove(self.join(name))
+
     def check_identity(self, identity: dict[str, Any], mode: str) -> None:
         """Refuses to go on with a run that was another one.
 
@@ -110,7 +115,9 @@ class RunDirectory:
         if before is None:
             return
         then = before["identity"]
-        names = EVAL_IDENTITY if mode == "eval" else list({**then, **identity})
+        names = EVAL_IDENTITY if mode == "eval" else tuple({**then, **identity})
+        if mode == "eval" and isinstance(then.get("num_train_steps"), list):
+            names = (*names, "num_train_steps")  # which phase a checkpoint is of
         now = json.loads(json.dumps(identity))
         changed = [
             f"--{name} {_difference(name, then.get(name), now.get(name))}"

@@ -86,6 +86,19 @@ def say_plan(
     """
     recipe = RECIPES[config.recipe]
     console.say(f"Recipe: {config.recipe}, {recipe.about}. {recipe.reaches}")
+    for source in recipe.sources:
+        console.say(f"  {source}")
+    missing = [
+        name
+        for name in ("input_files", "eval_files", "vocab_file", *recipe.needs)
+        if not getattr(config, name)
+    ]
+    if missing and not recipe.finds_data:
+        console.say(
+            f"To run it: --{' --'.join(missing)}; figures of size are for {vocab_size:,} tokens"
+        )
+    if config.init_checkpoint:
+        console.say(f"Weights: those of {config.init_checkpoint}")
     console.say(f"Device: {describe(strategy)}, {config.precision}")
     for i, plan in enumerate(plans):
         phase = plan.phase
@@ -94,12 +107,14 @@ def say_plan(
             f"{phase.max_seq_length} tokens, up to {phase.max_predictions_per_seq} masked"
         )
         console.say(f"  Batch: {plan.train}; evaluation {plan.held_out}")
-        if data is not None and data[i].train is not None:
-            rows, records = phase.num_train_steps * plan.train.global_batch_size, data[i].train
-            console.say(
-                f"  Data: {rows:,} rows, {rows / records.num_records:.3g} passes over "
-                f"{records.num_records:,} records"
-            )
+        rows = phase.num_train_steps * plan.train.global_batch_size
+        records = data[i].train if data is not None else None
+        passes = (
+            f", {rows / records.num_records:.3g} passes over {records.num_records:,} records"
+            if records
+            else ""
+        )
+        console.say(f"  Data: {rows:,} rows{passes}")
     _say_schedule(config)
     _say_disk(config, model_flops.parameter_count(bert, vocab_size))
 
@@ -111,7 +126,8 @@ def _say_schedule(config: Config) -> None:
         console.say(
             f"Learning rate{f' of phase {phase.number}' if len(parts) > 1 else ''}: "
             f"{config.optimizer}, warm-up to {config.learning_rate[i]:.4g} in "
-            f"{config.warmup_steps[i]} updates, then to {config.end_learning_rate[i]:.4g} by a "
+            f"{config.warmup_steps[i] + config.warmup_first_step[i]} updates"
+            f"{f' (of {config.warmup_steps[i]})' if config.warmup_first_step[i] else ''}, then to {config.end_learning_rate[i]:.4g} by a "
             f"polynomial of power {config.poly_power[i]:g}"
         )
     schedule = build_schedule(config)
@@ -131,6 +147,6 @@ def _say_disk(config: Config, parameters: int) -> None:
     if config.keep_every_steps:
         kept |= {step for step in saves if step % config.keep_every_steps == 0}
     console.say(
-        f"Checkpoints: {len(saves)} of {size / 1e6:,.0f} MB ({parameters:,} parameters), "
-        f"{len(kept)} kept; disk: up to {size * (len(kept) + 1) / 1e6:,.0f} MB"
+        f"Checkpoints: {len(saves)} of {size / 1e6:,.1f} MB ({parameters:,} parameters), "
+        f"{len(kept)} kept; disk: up to {size * (len(kept) + 1) / 1e6:,.1f} MB"
     )

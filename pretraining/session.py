@@ -8,7 +8,7 @@ import orbit
 import tensorflow as tf
 import tf_keras
 
-from pretraining import console, input_pipeline, model, model_flops, workers
+from pretraining import console, files, input_pipeline, model, model_flops, workers
 from pretraining.bad_numbers import check_weights
 from pretraining.checkpoints import Checkpoints
 from pretraining.config import Config
@@ -24,6 +24,7 @@ from pretraining.profiling import Profile
 from pretraining.run_directory import RunDirectory
 from pretraining.run_logs import NoLogs, RunLogs
 from pretraining.run_plan import PhasePlan
+from pretraining.run_report import write_report
 from pretraining.run_summary import publish, say_result
 from pretraining.train_step import PretrainingStep, SkippedSteps, Trainer
 
@@ -100,10 +101,8 @@ class Session:
           Whether the run is done; if not, it was asked to stop and has saved.
 
         Raises:
-          InputError: checkpoints or input are damaged, the disk is full, or the numbers went bad.
+          InputError: the input is damaged, the disk is full, or the numbers went bad.
         """
-        if self._restored_and_done():
-            return True
         config = self._config
         layers = [v.name.removesuffix(":0") for v in self._model.trainable_variables]
         evaluated = self._held_out.evaluated(self.step)
@@ -132,6 +131,8 @@ class Session:
                     self._train_phase(outlook)
             except Interrupted as request:
                 self._save(logs)
+                if self._profile:
+                    self._profile.end()
                 bar.close()
                 console.say(
                     f"{request}: stopped after {self.step} of {config.total_steps} updates and saved. "
@@ -151,8 +152,8 @@ class Session:
             )
         return True
 
-    def _restored_and_done(self) -> bool:
-        """Restores the newest checkpoint, if any; tells whether nothing is left to do.
+    def restore(self) -> bool:
+        """Restores the newest checkpoint, or the first weights; tells whether nothing is left to do.
 
         Raises:
           InputError: there are checkpoints and none of them can be read.
@@ -176,8 +177,12 @@ class Session:
         )
         if not (current and finished):
             console.say(f"Going on from {newest}")
+            if done and not finished and self._chief:
+                self._directory.remove("summary.json")  # it is of a step yet to come
             return False
         console.say(f"This run is done: {self.step} updates.")
+        if self._chief and not files.is_file(self._directory.join("report.html"), "--output_dir"):
+            write_report(self._directory)  # the disk was full, say
         say_result(done, self._directory)
         return True
 
@@ -240,7 +245,9 @@ class Session:
 
     def _save_and_evaluate(self, logs: RunLogs | NoLogs, actions: LoopActions) -> None:
         config, step = self._config, self.step
-        if self._is_due(config.save_every_steps):
+        # In a row of skipped updates the weights may be ruined: keep those from before it.
+        sound = not int(self._skipped.in_row.numpy()) or step == config.total_steps
+        if self._is_due(config.save_every_steps) and sound:
             seconds = self._save(logs)
             if warning := self._timer.warning(actions.loop_seconds, seconds):
                 console.say(warning)

@@ -87,7 +87,8 @@ def compiled_on_this_replica(function: Callable, jit_compile: bool) -> Callable:
 
     One that replicas share would mix their variables.
     """
-    return tf.function(function, jit_compile=True) if jit_compile else function
+    # No conversion by autograph: there is no Python control flow over tensors in what we compile.
+    return tf.function(function, jit_compile=True, autograph=False) if jit_compile else function
 
 
 class SkippedSteps(tf.Module):

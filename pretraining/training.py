@@ -18,6 +18,7 @@ from pretraining.run_plan import PhasePlan, plan_phases, say_plan
 from pretraining.session import Session
 from tpu.strategy import DeviceError, create_strategy, describe
 
+GOOGLE_TOKENS = 30522  # of BERT's English vocabulary, for a plan without one
 STOPPED = 75  # exit status of a run that was asked to stop and has saved: EX_TEMPFAIL, try again
 
 
@@ -43,9 +44,14 @@ def run(config: Config) -> int:
         tf.config.experimental.enable_op_determinism()  # or no restart would be exact
     bert = _bert(config)
     own_data = bool(config.vocab_file or config.eval_files)
-    tokens = bert.vocab_size or found_data.VOCAB_SIZE
-    if config.vocab_file and not bert.vocab_size:
-        tokens = len(vocabulary.read_vocabulary(config.vocab_file))
+    tokens = _tokens(config, bert)
+    if config.init_checkpoint and not files.is_file(
+        f"{config.init_checkpoint.removesuffix('.index')}.index", "--init_checkpoint"
+    ):
+        raise InputError(
+            f"--init_checkpoint={config.init_checkpoint}: expected a checkpoint, a path that ends in "
+            "ckpt-<step>. Received: none there"
+        )
     plans = plan_phases(config, strategy, bert, tokens)
     identity = {
         **config.identity,
@@ -90,11 +96,21 @@ def _train(
         identity = _with_data(identity, data)
         with workers.together(strategy):
             session = Session(config, directory, strategy, bert, data, plans)
+            done = session.restore()
             workers.agree(strategy, identity, "the flags and the data of the run")
             if chief:
                 directory.write_config(config, identity, _facts(plans, strategy, config))
-            done = session.train(lock.check if lock else lambda: None)
+            done = done or session.train(lock.check if lock else lambda: None)
     return 0 if done else STOPPED
+
+
+def _tokens(config: Config, bert: model.BertConfig) -> int:
+    """The size of the vocabulary, where it is known before the data; else that of Google's."""
+    if bert.vocab_size:
+        return bert.vocab_size
+    if config.vocab_file:
+        return len(vocabulary.read_vocabulary(config.vocab_file))
+    return found_data.VOCAB_SIZE if RECIPES[config.recipe].finds_data else GOOGLE_TOKENS
 
 
 def _bert(config: Config) -> model.BertConfig:

@@ -73,6 +73,7 @@ def short(records, output_dir, steps=12, **flags):
         "save_every_steps": 6,
         "eval_every_steps": 6,
         "jit_compile": False,  # compiling takes longer than these runs
+        "log_layers_every_steps": 0,  # so does drawing the layers
         **flags,
     }
     return [
@@ -315,6 +316,12 @@ BAD_FLAGS = {
     "negative rate": (["--learning_rate=-0.1"], ["--learning_rate=-0.1", "more than 0"]),
     "large seed": (["--seed=99999999999999999999"], ["--seed", "less than 4294967296"]),
     "a folder for a vocabulary": (["--vocab_file={records}"], ["--vocab_file", "folder"]),
+    "too many updates": (["--num_train_steps=99999999999999999999"], ["at most 100000000"]),
+    "too many replicas": (
+        ["--virtual_devices=100000"],
+        ["--virtual_devices=100000", "at most 256"],
+    ),
+    "no weights": (["--init_checkpoint={tmp}/none"], ["--init_checkpoint", "none", "ckpt-<step>"]),
     "no epsilon": (["--epsilon=0"], ["--epsilon=0", "more than 0"]),
     "infinite rate": (["--learning_rate=inf"], ["--learning_rate=inf", "finite"]),
     "no number": (["--learning_rate=fast"], ["--learning_rate=fast"]),
@@ -549,10 +556,19 @@ def test_a_folder_named_data_is_left_alone(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run(small_records, tmp_path, capsys):
     out = tmp_path / "run"
     flags = short(
-        small_records, out, 30, optimizer="momentum", learning_rate=1e30, save_every_steps=1
+        small_records,
+        out,
+        30,
+        optimizer="momentum",
+        learning_rate=1e30,
+        save_every_steps=1,
+        eval_every_steps=0,
     )
     assert train(*flags, "--clip_global_norm=0", "--warmup_steps=0", "--steps_per_loop=1") == 2
-    assert "--learning_rate" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "updates in a row, from update" in error and "--learning_rate" in error, error
+    newest = int(tf.train.latest_checkpoint(str(out / "checkpoints")).split("-")[-1])
+    assert f"from update {newest + 1} on" in error, "nothing is saved within the row"
     for value in weights_of(out).values():
         assert np.isfinite(value).all()
 
@@ -589,7 +605,7 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(small_records, tmp_path, cap
     assert (
         train(*short(small_records, tmp_path / "out"), "--dry_run", "--accumulation_steps=2") == 0
     )
-    assert "8 = 4 rows x 1 replicas x 2 micro-batches" in capsys.readouterr().out
+    assert "8 = 4 rows x 1 replica x 2 micro-batches" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     flags = [*short(small_records, tmp_path / "out"), "--dry_run", "--max_seq_length=64"]
     assert train(*flags) == 2
@@ -621,7 +637,7 @@ def test_the_default_run_learns_from_text_that_it_finds(tmp_path):
 def test_a_profile_of_some_updates_is_recorded(small_records, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(*short(small_records, out, 6, warmup_steps=1), "--profile_steps=2:4") == 0
-    assert f"Profile of updates 3 to 4: {out}/tensorboard/profile" in capsys.readouterr().out
+    assert f"Profile of updates 3 and on: {out}/tensorboard/profile" in capsys.readouterr().out
     assert list((out / "tensorboard/profile").rglob("*.xplane.pb"))
     assert [line["step"] for line in metrics_of(out)] == [2, 4, 6]
 
