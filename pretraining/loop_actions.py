@@ -72,7 +72,6 @@ class LoopActions:
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last loop, an evaluation say, out of the rates."""
-        self._outlook.bar.unpause()
         self._then = time.monotonic()
 
     def obey_requests(self) -> None:
