@@ -55,7 +55,7 @@ class HeldOut:
 
     def evaluated(self, step: int) -> dict[str, Any]:
         """Returns what an evaluation after `step` updates is of; other files make it anew."""
-        held_out = self._data[self._phase(step) - 1].held_out
+        held_out = self._data[self.phase(step) - 1].held_out
         return {
             "eval_files": held_out.fingerprint if held_out else None,
             "eval_steps": self._config.eval_steps,
@@ -70,7 +70,7 @@ class HeldOut:
         Raises:
           InputError: a record is damaged, or the loss is not finite.
         """
-        number = self._phase(step)
+        number = self.phase(step)
         data, plan = self._data[number - 1], self._plans[number - 1].held_out
         batches = math.ceil(data.held_out.num_records / plan.global_batch_size)
         if self._config.eval_steps:
@@ -99,5 +99,6 @@ class HeldOut:
         )
         return result
 
-    def _phase(self, step: int) -> int:
+    def phase(self, step: int) -> int:
+        """Returns the number of the phase that an evaluation after `step` updates is of."""
         return phase_that_led_to(self._config.phases, step).number

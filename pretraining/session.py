@@ -18,7 +18,7 @@ from pretraining.held_out import HeldOut
 from pretraining.interruption import Interrupted, stop_requests
 from pretraining.loop_actions import LoopActions, Outlook
 from pretraining.optimization import build_optimizer, build_schedule
-from pretraining.phases import is_due, next_stop, phase_of, phase_that_led_to
+from pretraining.phases import is_due, next_stop, phase_of
 from pretraining.preemption import SaveTimer
 from pretraining.profiling import Profile
 from pretraining.run_directory import RunDirectory
@@ -82,8 +82,8 @@ class Session:
         )
         self._chief = workers.is_chief(strategy)
         self._timer = SaveTimer(config.steps_per_loop)
-        self._profile = (
-            Profile(config.profiled, directory.join("tensorboard/profile")) if self._chief else None
+        self._profile = Profile(
+            config.profiled if self._chief else None, directory.join("tensorboard/profile")
         )
 
     @property
@@ -131,8 +131,7 @@ class Session:
                     self._train_phase(outlook)
             except Interrupted as request:
                 self._save(logs)
-                if self._profile:
-                    self._profile.end()
+                self._profile.end()
                 bar.close()
                 console.say(
                     f"{request}: stopped after {self.step} of {config.total_steps} updates and saved. "
@@ -226,8 +225,7 @@ class Session:
             )
         intervals = (config.save_every_steps, config.eval_every_steps)
         while self.step < phase.end_step:
-            if self._profile:
-                self._profile.look(self.step)
+            self._profile.look(self.step)
             try:
                 with console.quiet():
                     controller.train(
@@ -239,8 +237,7 @@ class Session:
                     raise lost from None
                 at = self.step - phase.first_step
                 raise data.train_fault(error, plan.train, seed, at) from None
-            if self._profile:
-                self._profile.look(self.step)
+            self._profile.look(self.step)
             self._save_and_evaluate(outlook.logs, actions)
 
     def _save_and_evaluate(self, logs: RunLogs | NoLogs, actions: LoopActions) -> None:
@@ -271,11 +268,9 @@ class Session:
             self._evaluate(logs)
 
     def _evaluate(self, logs: RunLogs | NoLogs) -> None:
-        result = self._held_out.evaluate(self.step)
-        phase = phase_that_led_to(self._config.phases, self.step).number
-        logs.evaluation(
-            self.step, {**result, "phase": phase, **self._held_out.evaluated(self.step)}
-        )
+        held_out, step = self._held_out, self.step
+        result = {**held_out.evaluate(step), "phase": held_out.phase(step)}
+        logs.evaluation(step, {**result, **held_out.evaluated(step)})
 
     def _save(self, logs: RunLogs | NoLogs) -> float:
         """Saves and returns how many seconds that took."""
