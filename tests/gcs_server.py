@@ -103,8 +103,9 @@ class Handler(emulator.RequestHandler):
         if action in ("create", "upload"):
             place["name"] = query["name"]
         faults, self.wfile = self.server.faults, io.BytesIO()
-        self.server.count += 1
-        fails = faults["every"] and self.server.count % faults["every"] == 0
+        # By kind, so that some of each fail whatever else is asked for in between.
+        self.server.counts[action] += 1
+        fails = faults["every"] and self.server.counts[action] % faults["every"] == 0
         if fails and not faults["after"]:
             self._refuse(503, "Backend Error")
         elif not self._is_refused(action, permission, place):
@@ -259,7 +260,7 @@ class Server(http.server.ThreadingHTTPServer):
     def reset(self) -> None:
         self.faults = {"every": 0, "after": False, "denied": [], "page": 1000}
         self.log: list[Request] = []
-        self.count = 0
+        self.counts: collections.Counter[str] = collections.Counter()
 
     def make_bucket(self, name: str) -> None:
         buckets.create_bucket(name, self.storage)
