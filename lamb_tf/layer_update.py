@@ -92,7 +92,20 @@ def update_stored(
     residual = slots.pop() if plan.residual else None
     dtype = compute_dtype(param.dtype)
     state = [widen(param, residual), *(tf.cast(slot, dtype) for slot in slots)]
-    (x, *moments), statistics = plan.rule(
+    seeds: list[Any] = [None] * len(state)
+    if any(is_low(value.dtype) for value in (param, *slots)):
+        seeds = [tf.stack([tf.cast(step, tf.int32), seed * 4 + i]) for i in range(len(state))]
+    kept: dict[int, tf.Tensor] = {}
+
+    def keep(moment: tf.Tensor, number: int) -> tf.Tensor:
+        # The second moment moves by 0.1% a step, less than bfloat16 resolves: always stochastic.
+        low, seed = slots[number].dtype, seeds[1 + number]
+        kept[number] = narrow(moment, low, "stochastic", seed)[0]
+        # The update takes what is stored: it is computed in a second pass, after the norms, which
+        # then reads the moments in their few bits and not what they were made of.
+        return tf.cast(kept[number], dtype)
+
+    (x, *_), statistics = plan.rule(
         state,
         tf.cast(gradient, dtype),
         step,
@@ -101,19 +114,12 @@ def update_stored(
         decayed=plan.decayed,
         adapted=plan.adapted,
         squares=sum_of_squares_on_cpu if plan.on_cpu and compiled else sum_of_squares,
+        keep=keep,
     )
-    seeds: list[Any] = [None] * len(state)
-    if any(is_low(value.dtype) for value in (param, *slots)):
-        seeds = [tf.stack([tf.cast(step, tf.int32), seed * 4 + i]) for i in range(len(state))]
     new, new_residual = narrow(x, param.dtype, settings.rounding, seeds[0])
-    # The second moment moves by 0.1% a step, less than bfloat16 resolves: always stochastic.
-    kept = [
-        narrow(m, slot.dtype, "stochastic", s)[0]
-        for m, slot, s in zip(moments, slots, seeds[1:], strict=True)
-    ]
     residuals = [new_residual] if plan.residual else []
     figures = tf.cast(tf.stack(statistics), tf.float32) if plan.record else None
-    return [new, *kept, *residuals], figures
+    return [new, *(kept[i] for i in range(len(slots))), *residuals], figures
 
 
 @functools.lru_cache(maxsize=4096)
@@ -157,7 +163,11 @@ def compiles_itself(jit_compile: bool | None) -> bool:
     """
     if jit_compile is not None:
         return jit_compile
-    elsewhere = (tf.distribute.TPUStrategy, tf.distribute.ParameterServerStrategy)
+    elsewhere = (
+        tf.distribute.TPUStrategy,
+        tf.distribute.experimental.TPUStrategy,  # its older name is another class
+        tf.distribute.ParameterServerStrategy,
+    )
     apple = platform.system() == "Darwin" and "arm" in platform.processor().lower()
     return not apple and not isinstance(tf.distribute.get_strategy(), elsewhere)
 

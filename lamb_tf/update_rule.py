@@ -111,7 +111,7 @@ def norm(x: tf.Tensor, kind: str, squares: Callable = sum_of_squares) -> tf.Tens
 
 def phi(param_norm: tf.Tensor, lower: float, upper: float | None) -> tf.Tensor:
     """Returns min(max(z, gamma_l), gamma_u); the paper's experiments use the identity."""
-    bounded = tf.maximum(param_norm, lower)
+    bounded = tf.maximum(param_norm, lower) if lower > 0 else param_norm
     return bounded if upper is None else tf.minimum(bounded, upper)
 
 
@@ -123,8 +123,8 @@ def trust_ratio(param_norm: tf.Tensor, update_norm: tf.Tensor, cap: float | None
       update_norm: |u|.
       cap: the largest ratio, `None` for no such limit.
     """
-    usable = tf.logical_and(param_norm > 0, update_norm > 0)
-    ratio = tf.where(usable, tf.math.divide_no_nan(param_norm, update_norm), 1.0)
+    usable = tf.minimum(param_norm, update_norm) > 0
+    ratio = tf.where(usable, param_norm / update_norm, 1.0)
     return ratio if cap is None else tf.minimum(ratio, cap)
 
 
@@ -154,6 +154,12 @@ def layer_step(
     return x - learning_rate * statistics.trust_ratio * u, statistics
 
 
+def unchanged(moment: tf.Tensor, number: int) -> tf.Tensor:
+    """Returns a moment that is stored as it was computed."""
+    del number
+    return moment
+
+
 def lamb_update(
     state: LambState,
     gradient: tf.Tensor,
@@ -164,6 +170,7 @@ def lamb_update(
     decayed: bool,
     adapted: bool,
     squares: Callable = sum_of_squares,
+    keep: Callable = unchanged,
 ) -> tuple[LambState, LayerStatistics]:
     """One step of Algorithm 2 for one layer; everything in one dtype, float32 or float64.
 
@@ -176,6 +183,7 @@ def lamb_update(
       decayed: whether weight decay applies to this layer.
       adapted: whether the step is scaled by the trust ratio.
       squares: sums the squares of a tensor.
+      keep: takes a new moment and its number, 0 or 1, and returns it as it will be stored.
 
     Returns:
       The new x, m and v, and the norms.
@@ -183,8 +191,8 @@ def lamb_update(
     s, (x, m, v), g = settings, state, gradient
     first_ahead, second_ahead = s.nesterov is not None, s.nesterov == "both"
 
-    m = s.beta_1 * m + (1.0 - s.beta_1) * g
-    v = s.beta_2 * v + (1.0 - s.beta_2) * tf.square(g)
+    m = keep(s.beta_1 * m + (1.0 - s.beta_1) * g, 0)
+    v = keep(s.beta_2 * v + (1.0 - s.beta_2) * tf.square(g), 1)
     m_hat = estimate(m, g, s.beta_1, step, corrected=s.bias_correction, nesterov=first_ahead)
     v_hat = estimate(
         v, tf.square(g), s.beta_2, step, corrected=s.bias_correction, nesterov=second_ahead
@@ -219,6 +227,7 @@ def lars_update(
     decayed: bool,
     adapted: bool,
     squares: Callable = sum_of_squares,
+    keep: Callable = unchanged,
 ) -> tuple[LarsState, LayerStatistics]:
     """One step of Algorithm 1 (LARS), or of the form that scales the gradient.
 
@@ -238,7 +247,7 @@ def lars_update(
     d = g + decay * x if decay else g
     eta = learning_rate * s.trust_coefficient if adapted else learning_rate
     if s.scaled == "momentum":
-        m = s.momentum * m + (1.0 - s.momentum) * d
+        m = keep(s.momentum * m + (1.0 - s.momentum) * d, 0)
         u = s.momentum * m + (1.0 - s.momentum) * d if s.nesterov else m
         x, statistics = layer_step(x, u, eta, s, adapted=adapted, squares=squares)
         return LarsState(x, m), statistics
@@ -246,6 +255,6 @@ def lars_update(
     update_norm = norm(g, s.norm, squares) + decay * param_norm
     statistics = measure(param_norm, update_norm, s, adapted=adapted)
     d = eta * statistics.trust_ratio * d
-    m = s.momentum * m + d
+    m = keep(s.momentum * m + d, 0)
     u = s.momentum * m + d if s.nesterov else m
     return LarsState(x - u, m), statistics
