@@ -50,11 +50,15 @@ class Dropout:
         if self._key is None or not rate:
             return x
         key = mix(tf.bitwise.bitwise_xor(self._key, tf.constant(self._layer, tf.uint32)))
-        places = tf.cast(tf.range(math.prod(x.shape)), tf.uint32)
-        # An odd factor keeps places apart; keys shift them, and `mix` leaves nothing of either.
-        bits = mix(places * tf.constant(0x9E3779B9, tf.uint32) + key)
-        limit = tf.constant(round(rate * 2**32), tf.uint32)
-        keep = tf.reshape(bits >= limit, x.shape)
+        # A hash of the element's place in the array plus the key. The place is a sum over axes, so that
+        # no array of places is part of the program: for BERT-Large they were gigabytes. An odd
+        # factor keeps places apart; keys shift them, and `mix` leaves nothing of either.
+        words = key
+        for axis, size in enumerate(x.shape):
+            step = math.prod(x.shape[axis + 1 :]) * 0x9E3779B9 % 2**32
+            along = tf.cast(tf.range(size), tf.uint32) * tf.constant(step, tf.uint32)
+            words += tf.reshape(along, [size] + [1] * (x.shape.rank - axis - 1))
+        keep = mix(words) >= tf.constant(round(rate * 2**32), tf.uint32)
         return tf.where(keep, x / (1.0 - rate), tf.zeros([], x.dtype))
 
 
