@@ -30,6 +30,7 @@ TEST = [
     "mypy",
     "optax",
     "pytest",
+    "pytest-xdist",
     "ruff",
     "trustme==1.2.1",
 ]
