@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from pretraining.errors import InputError
-from pretraining.train_step import SkippedSteps
+from pretraining.train_step import SkippedSteps, on_first_replica
 
 # A loss of so many times that of calling all tokens equally likely comes from weights gone wild.
 EXPLODED = 10.0
@@ -69,12 +69,38 @@ def diverged(what: str, step: int) -> InputError:
     )
 
 
-def check_weights(variables: Sequence[tf.Variable], step: int) -> None:
-    """Looks at the weights after an update.
+class WeightCheck:
+    """Looks at the weights after an update, in one program on the device.
 
-    Raises:
-      InputError: one of them is not finite.
+    Operation by operation it would be hundreds of round trips to a TPU's hosts, or all the weights
+    would be fetched to look at them here.
+
+    Args:
+      strategy: of the run.
+      variables: the weights.
     """
-    for variable in variables:
-        if not bool(tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(variable)))):
-            raise diverged(variable.name.removesuffix(":0"), step)
+
+    def __init__(self, strategy: tf.distribute.Strategy, variables: Sequence[tf.Variable]):
+        self._strategy = strategy
+        self._variables = list(variables)
+
+    def __call__(self, step: int) -> None:
+        """Looks at them.
+
+        Args:
+          step: updates made so far.
+
+        Raises:
+          InputError: one of them is not finite.
+        """
+        for variable, finite in zip(self._variables, self._are_finite().numpy(), strict=True):
+            if not finite:
+                raise diverged(variable.name.removesuffix(":0"), step)
+
+    @tf.function
+    def _are_finite(self) -> tf.Tensor:
+        def look() -> tf.Tensor:
+            values = [tf.convert_to_tensor(variable) for variable in self._variables]
+            return tf.stack([tf.reduce_all(tf.math.is_finite(value)) for value in values])
+
+        return on_first_replica(self._strategy, self._strategy.run(look))

@@ -7,7 +7,13 @@ import dataclasses
 import re
 from typing import Any
 
-from pretraining.config_checks import check_files, check_needs, spread_over_phases, warmups_of
+from pretraining.config_checks import (
+    check_files,
+    check_needs,
+    check_preflight,
+    spread_over_phases,
+    warmups_of,
+)
 from pretraining.errors import InputError
 from pretraining.flags import check_limits, flag
 from pretraining.phases import Phase
@@ -181,6 +187,17 @@ class Config:
     )
     profile_steps: str = flag("", "a:b records a profile for TensorBoard from update a to b")
     dry_run: bool = flag(False, "print the plan of the run and do nothing")
+    preflight: str = flag(
+        "",
+        "a TPU slice such as v3-2048 or v5litepod-256: compile the steps of this run for it, on this "
+        "machine, print memory, time and cost, and do nothing else",
+    )
+    preflight_search: bool = flag(
+        False, "with --preflight: find the largest micro-batch that fits, and the accumulation"
+    )
+    price_per_chip_hour: float = flag(
+        0.0, "with --preflight: what a chip costs an hour, in any currency", at_least=0.0
+    )
 
     @classmethod
     def of_flags(cls, **given: Any) -> "Config":
@@ -214,6 +231,7 @@ class Config:
             )
         check_files(self)
         check_needs(self)
+        check_preflight(self)
 
     @property
     def num_phases(self) -> int:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretraining.errors import InputError
 from pretraining.recipes import RECIPES
+from tpu.chips import parse_slice
 
 if TYPE_CHECKING:
     from pretraining.config import Config
@@ -116,5 +117,25 @@ def check_needs(config: "Config") -> None:
     needs = recipe.needs if config.mode != "eval" else ()
     data = () if recipe.finds_data else ("eval_files" if config.mode == "eval" else "input_files",)
     for name in (*data, *needs):
-        if not getattr(config, name) and not config.dry_run:
+        if not (getattr(config, name) or config.dry_run or config.preflight):
             raise InputError(f"--{name}: expected for --recipe={config.recipe}. Received: nothing")
+
+
+def check_preflight(config: "Config") -> None:
+    """Checks the slice of a preflight, and that what belongs to one has one.
+
+    Raises:
+      InputError: there is no such slice, or none is given.
+    """
+    for name in ("preflight_search", "price_per_chip_hour"):
+        if getattr(config, name) and not config.preflight:
+            raise InputError(
+                f"--{name}={getattr(config, name)}: expected --preflight beside it. Received: nothing"
+            )
+    if config.preflight:
+        try:
+            parse_slice(config.preflight)
+        except ValueError as error:
+            raise InputError(f"--preflight: {error}") from None
+        if config.mode == "eval":
+            raise InputError("--mode=eval: expected a mode that trains beside --preflight")

@@ -7,3 +7,7 @@ class InputError(ValueError):
     The text is a single line: which flag or file, what was expected, what came. `run` prints it
     without a traceback and exits with status 2.
     """
+
+
+class DeviceLost(RuntimeError):
+    """The TPU of a run is gone; the text is one line. The run may be started again."""

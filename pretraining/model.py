@@ -105,12 +105,15 @@ def read_bert_config(path: str) -> BertConfig:
     return config
 
 
-def build_pretrainer(config: BertConfig, num_tokens: int) -> models.BertPretrainerV2:
+def build_pretrainer(
+    config: BertConfig, num_tokens: int, *, initialized: bool = True
+) -> models.BertPretrainerV2:
     """Builds BERT with a masked-LM and a next-sentence head, its variables created.
 
     Args:
       config: the dimensions.
       num_tokens: the size of the vocabulary, where `config.vocab_size` is 0.
+      initialized: false for weights of 0, where nothing is going to be computed.
 
     Returns:
       A model from `input_word_ids`, `input_mask`, `input_type_ids` (int32, [batch, length]) and
@@ -122,6 +125,8 @@ def build_pretrainer(config: BertConfig, num_tokens: int) -> models.BertPretrain
     if config.hidden_act == "gelu":
         activation = lambda x: tf_keras.activations.gelu(x, approximate=True)  # noqa: E731
     initializer = tf_keras.initializers.TruncatedNormal(stddev=config.initializer_range)
+    if not initialized:
+        initializer = tf_keras.initializers.Zeros()
     encoder = networks.BertEncoderV2(
         vocab_size=vocab_size,
         hidden_size=config.hidden_size,

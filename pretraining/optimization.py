@@ -24,11 +24,18 @@ def build_schedule(config: Config) -> WarmupPolynomialDecay:
     return WarmupPolynomialDecay(**first, next_phases=others)
 
 
-def build_optimizer(config: Config) -> tf_keras.optimizers.Optimizer:
+def build_optimizer(
+    config: Config, *, compiles_itself: bool | None = None
+) -> tf_keras.optimizers.Optimizer:
     """Returns the optimizer; gradients are clipped before they reach it.
 
     Weight decay leaves out biases and layer norms in all optimizers, and so does the layer
     adaptation of LAMB and LARS.
+
+    Args:
+      config: the flags.
+      compiles_itself: whether XLA compiles the updates of LAMB and LARS by themselves; `None` where that
+        suits the device.
     """
     schedule = build_schedule(config)
     optimizers = tf_keras.optimizers
@@ -39,7 +46,8 @@ def build_optimizer(config: Config) -> tf_keras.optimizers.Optimizer:
             **moments,
             weight_decay=config.weight_decay,
             exclude_from_weight_decay=list(BERT_EXCLUSIONS),
-            layer_statistics=True,
+            layer_statistics=config.log_layers_every_steps > 0,
+            jit_compile=compiles_itself,
         )
     if config.optimizer == "lars":
         return LARS(
@@ -47,7 +55,8 @@ def build_optimizer(config: Config) -> tf_keras.optimizers.Optimizer:
             momentum=config.beta_1,
             weight_decay=config.weight_decay,
             exclude_from_weight_decay=list(BERT_EXCLUSIONS),
-            layer_statistics=True,
+            layer_statistics=config.log_layers_every_steps > 0,
+            jit_compile=compiles_itself,
         )
     decay = config.weight_decay or None
     if config.optimizer == "adamw":

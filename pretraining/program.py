@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pretraining import flags
-from pretraining.errors import InputError
+from pretraining.errors import DeviceLost, InputError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+DEVICE_LOST = 69  # EX_UNAVAILABLE: look at the TPU, then start again
 
 
 def run(argv: Sequence[str], name: str, settings: type, work: Callable[[Any], int | None]) -> int:
@@ -32,6 +33,9 @@ def run(argv: Sequence[str], name: str, settings: type, work: Callable[[Any], in
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except DeviceLost as error:
+        print(f"error: {error}", file=sys.stderr)
+        return DEVICE_LOST
     except KeyboardInterrupt:
         print("stopped. Repeat the command to go on.", file=sys.stderr)
         return INTERRUPTED

@@ -13,7 +13,6 @@ from pretraining.model import BertConfig
 from pretraining.optimization import build_schedule
 from pretraining.phases import Phase
 from pretraining.recipes import RECIPES
-from tpu.device_memory import replica_memory
 from tpu.strategy import describe
 
 # Float32 weights, gradients and up to two moments.
@@ -40,13 +39,14 @@ class PhasePlan:
 
 
 def plan_phases(
-    config: Config, strategy: tf.distribute.Strategy, bert: BertConfig, vocab_size: int
+    config: Config, num_replicas: int, replica_bytes: int, bert: BertConfig, vocab_size: int
 ) -> tuple[PhasePlan, ...]:
     """Works out the batches of every phase.
 
     Args:
       config: the flags.
-      strategy: its replicas share the batches.
+      num_replicas: that share the batches.
+      replica_bytes: memory of each.
       bert: the dimensions, which decide how many rows fit into memory.
       vocab_size: tokens; roughly will do.
 
@@ -54,13 +54,13 @@ def plan_phases(
       InputError: a global batch does not divide by replicas and micro-batches.
     """
     parameters = model_flops.parameter_count(bert, vocab_size)
-    memory = USABLE * replica_memory(strategy) - STATE_BYTES_PER_PARAMETER * parameters
+    memory = USABLE * replica_bytes - STATE_BYTES_PER_PARAMETER * parameters
     plans = []
     for phase in config.phases:
         row = model_flops.activation_bytes(
             bert, phase.max_seq_length, phase.max_predictions_per_seq, vocab_size, config.precision
         )
-        train = plan_training(phase, strategy.num_replicas_in_sync, max(1, int(memory // row)))
+        train = plan_training(phase, num_replicas, max(1, int(memory // row)))
         held_out = plan_evaluation(config.eval_batch_size, train)
         plans.append(PhasePlan(phase=phase, train=train, held_out=held_out))
     return tuple(plans)

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tf_keras
 
 from pretraining import console, files, input_pipeline, model, model_flops, workers
-from pretraining.bad_numbers import check_weights
+from pretraining.bad_numbers import WeightCheck
 from pretraining.checkpoints import Checkpoints
 from pretraining.config import Config
 from pretraining.data import Data
@@ -69,6 +69,7 @@ class Session:
             self._optimizer = build_optimizer(config)
             self._optimizer.build(self._model.trainable_variables)
             self._skipped = SkippedSteps()
+        self._check_weights = WeightCheck(strategy, self._model.trainable_variables)
         self._checkpoints = Checkpoints(
             directory.join("checkpoints"),
             tf.train.Checkpoint(
@@ -275,7 +276,7 @@ class Session:
     def _save(self, logs: RunLogs | NoLogs) -> float:
         """Saves and returns how many seconds that took."""
         # The loss of a step is that before its update: look at what would be saved.
-        check_weights(self._model.trainable_variables, self.step)
+        self._check_weights(self.step)
         started = time.monotonic()
         if self._chief:
             logs.flush()  # so that no log ends before a checkpoint does

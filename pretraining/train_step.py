@@ -16,6 +16,7 @@ import tf_keras
 
 from pretraining import bert_forward
 
+UPDATE_SCOPE = "optimizer_update"  # its operations bear this name in a profile
 Batch = dict[str, tf.Tensor]
 Sums = dict[str, tf.Tensor]
 SUMS = (
@@ -261,10 +262,11 @@ class PretrainingStep:
         tf.cond(on_first_replica(strategy, finite), update, skip)
 
     def _apply(self, grads: list[tf.Tensor]) -> None:
-        self.optimizer.apply_gradients(
-            zip(grads, self.model.trainable_variables, strict=True),
-            skip_gradients_aggregation=True,
-        )
+        with tf.name_scope(UPDATE_SCOPE):
+            self.optimizer.apply_gradients(
+                zip(grads, self.model.trainable_variables, strict=True),
+                skip_gradients_aggregation=True,
+            )
 
 
 class Trainer(orbit.AbstractTrainer):

@@ -7,18 +7,20 @@ from typing import Any
 
 import tensorflow as tf
 
-from pretraining import console, files, found_data, model, vocabulary, workers
+from pretraining import console, files, found_data, model, workers
 from pretraining.config import Config
 from pretraining.data import Data, given_files, read_data
+from pretraining.dimensions import bert_of, vocab_size_of
 from pretraining.errors import InputError
 from pretraining.recipes import RECIPES
+from pretraining.remote_hosts import check_paths, lost_tpu
 from pretraining.run_directory import RunDirectory, writing
 from pretraining.run_lock import run_lock
 from pretraining.run_plan import PhasePlan, plan_phases, say_plan
 from pretraining.session import Session
-from tpu.strategy import DeviceError, create_strategy, describe
+from tpu.device_memory import replica_memory
+from tpu.strategy import DeviceError, accelerator_type, create_strategy, describe
 
-GOOGLE_TOKENS = 30522  # of BERT's English vocabulary, for a plan without one
 STOPPED = 75  # exit status of a run that was asked to stop and has saved: EX_TEMPFAIL, try again
 
 
@@ -32,6 +34,10 @@ def run(config: Config) -> int:
     Raises:
       InputError: something given cannot work; nothing was written.
     """
+    if config.preflight:
+        from pretraining import preflight  # needs an extra of its own
+
+        return preflight.run(config)
     directory = RunDirectory(config.output_dir)
     console.say(f"Output: {directory.path}")
     try:
@@ -40,11 +46,12 @@ def run(config: Config) -> int:
         )
     except DeviceError as error:
         raise InputError(str(error)) from None
+    check_paths(config, strategy)
     if ":GPU:" in strategy.extended.worker_devices[0].upper():
         tf.config.experimental.enable_op_determinism()  # or no restart would be exact
-    bert = _bert(config)
+    bert = bert_of(config)
     own_data = bool(config.vocab_file or config.eval_files)
-    tokens = _tokens(config, bert)
+    tokens = vocab_size_of(config, bert)
     if config.init_checkpoint and not files.is_file(
         f"{config.init_checkpoint.removesuffix('.index')}.index", "--init_checkpoint"
     ):
@@ -52,7 +59,9 @@ def run(config: Config) -> int:
             f"--init_checkpoint={config.init_checkpoint}: expected a checkpoint, a path that ends in "
             "ckpt-<step>. Received: none there"
         )
-    plans = plan_phases(config, strategy, bert, tokens)
+    slice_name = accelerator_type(config.tpu, config.tpu_zone, config.gcp_project)
+    memory = replica_memory(strategy, slice_name)
+    plans = plan_phases(config, strategy.num_replicas_in_sync, memory, bert, tokens)
     identity = {
         **config.identity,
         "train_batch_size": _plain([plan.train.global_batch_size for plan in plans]),
@@ -100,30 +109,13 @@ def _train(
             workers.agree(strategy, identity, "the flags and the data of the run")
             if chief:
                 directory.write_config(config, identity, _facts(plans, strategy, config))
-            done = done or session.train(lock.check if lock else lambda: None)
+            try:
+                done = done or session.train(lock.check if lock else lambda: None)
+            except (tf.errors.OpError, InputError) as error:
+                if lost := lost_tpu(strategy, error):
+                    raise lost from None
+                raise
     return 0 if done else STOPPED
-
-
-def _tokens(config: Config, bert: model.BertConfig) -> int:
-    """The size of the vocabulary, where it is known before the data; else that of Google's."""
-    if bert.vocab_size:
-        return bert.vocab_size
-    if config.vocab_file:
-        return len(vocabulary.read_vocabulary(config.vocab_file))
-    return found_data.VOCAB_SIZE if RECIPES[config.recipe].finds_data else GOOGLE_TOKENS
-
-
-def _bert(config: Config) -> model.BertConfig:
-    bert = model.MODELS[config.model]
-    if config.bert_config_file:
-        bert = model.read_bert_config(config.bert_config_file)
-    longest = max(config.max_seq_length)
-    if bert.max_position_embeddings < longest:
-        raise InputError(
-            f"--max_seq_length={longest}: expected at most the model's "
-            f"{bert.max_position_embeddings} positions"
-        )
-    return bert
 
 
 def _found(

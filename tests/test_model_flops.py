@@ -139,11 +139,16 @@ def test_the_activations_are_those_of_the_paper(hidden, layers, heads, attention
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_the_rate_of_all_replicas_is_measured(replicas, monkeypatch):
-    """By a clock that advances a second a look, each trial takes one."""
+    """By a clock on which a call takes 9 s, and each product 2 more."""
     monkeypatch.setattr(model_flops, "CPU_MATRIX", 8)
-    now = iter(range(1000))
+    # A call to warm up, trials of one product, trials of two.
+    durations = [11] * (1 + model_flops.TRIALS) + [13] * model_flops.TRIALS
+    now = iter(np.cumsum([step for each in durations for step in (0, each)]))
     monkeypatch.setattr(model_flops.time, "perf_counter", lambda: next(now))
     strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
     if replicas > 1:
-        strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
-    assert model_flops.matmul_rate(strategy, "bfloat16") == replicas * 2 * 8**3
+        strategy = tf.distribute.MirroredStrategy(
+            [f"CPU:{i}" for i in range(replicas)],
+            cross_device_ops=tf.distribute.ReductionToOneDevice(),
+        )
+    assert model_flops.matmul_rate(strategy, "bfloat16") == replicas * 2 * 8**3 / 2

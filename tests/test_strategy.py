@@ -9,7 +9,8 @@ import threading
 import pytest
 import tensorflow as tf
 
-from tpu import strategy
+from tests.cloud_server import cloud  # noqa: F401
+from tpu import failures, local_tpu, strategy
 
 
 def test_no_flag_means_this_machine():
@@ -49,6 +50,75 @@ def test_a_missing_tpu_is_reported_soon_in_one_line(arguments, words):
     assert "\n" not in text
     for word in words:
         assert word in text
+
+
+MISSING = {
+    "a name": {"tpu": "nonexistent"},
+    "no credentials": {"tpu": "nonexistent", "zone": "us-central1-a", "project": "proj"},
+    "this machine": {"tpu": "local"},
+    "an address": {"tpu": "grpc://127.0.0.1:1"},
+}
+
+
+def test_each_missing_tpu_has_a_message_of_its_own(monkeypatch):
+    monkeypatch.delenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", raising=False)
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    monkeypatch.setenv("CLOUDSDK_CONFIG", "/nowhere")
+    messages = set()
+    for arguments in MISSING.values():
+        with pytest.raises(strategy.DeviceError) as raised:
+            strategy.create_strategy(**arguments)
+        text = str(raised.value).removeprefix(f"--tpu={arguments['tpu']}: ")
+        messages.add(text.partition(":")[0].partition(".")[0])
+    assert len(messages) == len(MISSING), messages
+
+
+def test_a_name_becomes_the_addresses_of_its_workers(cloud, monkeypatch):  # noqa: F811
+    """TensorFlow's resolver gets no name to look up by another version of the API."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = {"ipAddress": "127.0.0.1", "port": server.getsockname()[1]}
+        runtime = f"tpu-vm-tf-{tf.__version__}-pod-pjrt"
+        cloud.add_node("pod", networkEndpoints=[endpoint, endpoint], runtimeVersion=runtime)
+        monkeypatch.setattr(strategy, "_connected", lambda target, *_: target)
+        target = strategy.create_strategy("pod", "us-central1-a", "proj")
+    resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=target)
+    address = f"127.0.0.1:{endpoint['port']}"
+    assert resolver.cluster_spec().as_dict() == {"worker": [address, address]}
+
+
+def test_a_tpu_that_is_not_ready_is_not_connected_to(cloud):  # noqa: F811
+    cloud.add_node("pod", "CREATING")
+    with pytest.raises(strategy.DeviceError, match="--tpu=pod: expected a TPU that is READY"):
+        strategy.create_strategy("pod", "us-central1-a", "proj")
+
+
+def test_a_tpu_vm_with_the_wrong_build_is_told_so(monkeypatch):
+    monkeypatch.setattr(local_tpu, "read_machine", lambda: local_tpu.Machine(4, "v3-8"))
+    with pytest.raises(strategy.DeviceError, match=r"Received: tensorflow 2.* pip uninstall -y"):
+        strategy.create_strategy("local")
+
+
+def test_local_that_passes_all_checks_and_fails_is_explained(monkeypatch):
+    """TensorFlow's own words, from this machine, which has no TPU."""
+    monkeypatch.setattr(strategy, "_checked_local", lambda: "local")
+    with pytest.raises(strategy.DeviceError, match="the TensorFlow that answers has no TPU"):
+        strategy.create_strategy("local")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("The TPU is already in use by process with pid 7"), "another process holds"),
+        (OSError("open(/dev/accel0): Device or resource busy"), "another process holds"),
+        (tf.errors.NotFoundError(None, None, "Op type not registered 'X'"), "do not understand"),
+        (tf.errors.UnavailableError(None, None, "failed to connect"), "connection was lost"),
+        (ValueError("something\nnew"), "no TPU found (ValueError: something new). as told"),
+    ],
+)
+def test_what_tensorflow_says_is_explained(error, words):
+    text = str(failures.from_tensorflow(error, "as told"))
+    assert words in text
+    assert "\n" not in text
 
 
 def test_a_server_that_never_answers_ends_the_process_with_a_message():

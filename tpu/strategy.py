@@ -2,19 +2,19 @@
 
 import contextlib
 import os
-import re
-import socket
 import sys
 import threading
 from collections.abc import Iterator
 
 import tensorflow as tf
 
+from tpu import installation, local_tpu, named_tpu, tpu_servers
 from tpu.cluster import DeviceError, read_cluster, workers_strategy
+from tpu.failures import LOCAL_NO_ANSWER, NO_ANSWER, Fault, from_tensorflow
 
-CONNECT_SECONDS = 40.0
+CHECK_SECONDS = 40.0
+CONNECT_SECONDS = 30.0  # something listens there by then
 INITIALIZE_SECONDS = 900.0  # a large slice that answers may take minutes to come up
-PORT_SECONDS = 10.0
 NO_ANSWER_EXIT_CODE = 2
 
 
@@ -72,6 +72,27 @@ def describe(strategy: tf.distribute.Strategy) -> str:
     return line
 
 
+def accelerator_type(tpu: str, zone: str = "", project: str = "") -> str:
+    """Returns the slice behind a flag that has made a strategy, such as "v3-32".
+
+    Args:
+      tpu: as for `create_strategy`.
+      zone: likewise.
+      project: likewise.
+
+    Returns:
+      Google's name, or "" where nobody tells: for addresses, and where there is no TPU.
+    """
+    if tpu == "local":
+        return local_tpu.read_machine().accelerator_type
+    if not tpu or "://" in tpu:
+        return ""
+    try:
+        return named_tpu.find(tpu, zone, project).accelerator_type
+    except Fault:  # it was there a moment ago; the run itself will say what is wrong
+        return ""
+
+
 def _virtual_strategy(count: int) -> tf.distribute.Strategy:
     cpu = tf.config.list_physical_devices("CPU")[0]
     logical = [tf.config.LogicalDeviceConfiguration()] * count
@@ -91,58 +112,73 @@ def _virtual_strategy(count: int) -> tf.distribute.Strategy:
 
 
 def _tpu_strategy(tpu: str, zone: str, project: str) -> tf.distribute.Strategy:
-    remedy = _REMEDIES["grpc" if "://" in tpu else "local" if tpu == "local" else "name"]
-    if "://" in tpu:
-        _check_address(tpu, remedy)
+    remedy = LOCAL_NO_ANSWER if tpu == "local" else NO_ANSWER
     try:
-        with _deadline(CONNECT_SECONDS, f"--tpu={tpu}: no answer", remedy):
-            resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
-                tpu=tpu, zone=zone or None, project=project or None
-            )
+        # Each of the checks has its limits; this one is for what nobody has thought of.
+        with _deadline(CHECK_SECONDS, f"--tpu={tpu}: no answer", remedy):
+            if tpu == "local":
+                target = _checked_local()
+            elif "://" in tpu:
+                target = _checked_address(tpu)
+            else:
+                target = _checked_name(tpu, zone, project)
+        return _connected(target, f"--tpu={tpu}", remedy)
+    except Fault as fault:
+        raise DeviceError(f"--tpu={tpu}: {fault}") from None
+
+
+def _checked_local() -> str:
+    """Returns what the resolver takes for the TPU of this machine, if it can be used."""
+    _raise(local_tpu.fault(local_tpu.read_machine(), installation.read_installation()))
+    return "local"
+
+
+def _checked_address(address: str) -> str:
+    """Returns the addresses, if a server answers at each."""
+    installed = installation.read_installation()
+    _raise(tpu_servers.address_fault(address, tf.__version__))
+    _raise(tpu_servers.library_fault(local_tpu.read_machine(), installed))
+    return address
+
+
+def _checked_name(name: str, zone: str, project: str) -> str:
+    """Returns the addresses of the workers of a TPU, if each answers."""
+    node = named_tpu.find(name, zone, project)
+    _raise(named_tpu.node_fault(node, tf.__version__))
+    installed = installation.read_installation()
+    _raise(tpu_servers.library_fault(local_tpu.read_machine(), installed))
+    _raise(tpu_servers.silent_fault(node.addresses, node.runtime_version))
+    return node.url
+
+
+def _raise(fault: Fault | None) -> None:
+    if fault:
+        raise fault
+
+
+def _connected(target: str, flag: str, remedy: str) -> tf.distribute.Strategy:
+    """Connects to a TPU and starts it.
+
+    Args:
+      target: for TensorFlow's resolver; never a name, which it would look up once more, and by another
+        version of the API.
+      flag: for messages.
+      remedy: where nothing is known of what went wrong.
+
+    Raises:
+      Fault: the TPU cannot be used.
+    """
+    try:
+        with _deadline(CONNECT_SECONDS, f"{flag}: no answer", remedy):
+            resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=target)
             tf.config.experimental_connect_to_cluster(resolver)
-        with _deadline(INITIALIZE_SECONDS, f"--tpu={tpu}: it answers, but does not start", remedy):
+        with _deadline(INITIALIZE_SECONDS, f"{flag}: it answers, but does not start", remedy):
             tf.tpu.experimental.initialize_tpu_system(resolver)
         return tf.distribute.TPUStrategy(resolver)
     except (
         Exception
     ) as error:  # TensorFlow, Google's client and its transports raise what they like
-        cause = " ".join(str(error).split())[:200]
-        raise DeviceError(
-            f"--tpu={tpu}: no TPU found ({type(error).__name__}: {cause}). {remedy}"
-        ) from None
-
-
-_REMEDIES = {
-    "local": (
-        "Tried: the TPU of this machine, through libtpu. Check: that this is a TPU VM, that "
-        "`tensorflow-tpu` and `libtpu` are installed, that no other process holds the TPU"
-    ),
-    "grpc": (
-        "Tried: a TensorFlow server at this address. Check: that the TPU is READY, its address and "
-        "port (8470 as a rule), that this machine is in its network, that both run the same TensorFlow"
-    ),
-    "name": (
-        "Tried: Google's Cloud TPU API, for the address of the TPU of this name. Check: "
-        "`gcloud compute tpus tpu-vm list --zone=...` for its name and state, --tpu_zone, --gcp_project, "
-        "credentials (`gcloud auth application-default login`), and that cloud-tpu-client is installed"
-    ),
-}
-
-
-def _check_address(address: str, remedy: str) -> None:
-    """A gRPC channel to a dead address waits forever, so knock first."""
-    for single in address.split(","):
-        match = re.fullmatch(r"grpc://([^/:]+|\[[^\]]+\]):(\d+)", single)
-        if not match or not 0 < int(match[2]) < 65536:
-            raise DeviceError(
-                f"--tpu={address}: expected grpc://host:port, for instance grpc://10.0.0.2:8470. "
-                f"Received: {single}"
-            )
-        try:
-            host, port = match[1].strip("[]"), int(match[2])
-            socket.create_connection((host, port), timeout=PORT_SECONDS).close()
-        except OSError as error:
-            raise DeviceError(f"--tpu={address}: nothing answers ({error}). {remedy}") from None
+        raise from_tensorflow(error, remedy) from None
 
 
 @contextlib.contextmanager
