@@ -157,6 +157,11 @@ def build_pretrainer(
             )
         ],
     )
+    _create_variables(model)
+    return model
+
+
+def _create_variables(model: models.BertPretrainerV2) -> None:
     ids = tf.zeros([1, 8], tf.int32)
     model(
         dict(
@@ -166,4 +171,3 @@ def build_pretrainer(
             masked_lm_positions=ids[:, :2],
         )
     )
-    return model

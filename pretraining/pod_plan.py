@@ -8,7 +8,7 @@ from pretraining.batch_plan import BatchPlan
 from pretraining.config import Config
 from pretraining.model import BertConfig
 from pretraining.phases import Phase
-from pretraining.run_plan import SLOTS, plan_phases
+from pretraining.run_plan import SLOTS, plan_phases, saved_steps
 from tpu.chips import Slice
 from tpu.plan import (
     Cost,
@@ -131,7 +131,7 @@ def plan_pod(
             _plan_phase(phase, batch, work, bound, compiled is not None, where, price_per_chip_hour)
         )
     size = FLOAT32_BYTES * parameters * (1 + SLOTS[config.optimizer])
-    saves = count_saves(config)
+    saves = len(saved_steps(config))
     return PodPlan(
         where=where,
         phases=tuple(phases),
@@ -141,13 +141,6 @@ def plan_pod(
         checkpoints=saves,
         checkpoint_cost=cost(saves * storage_seconds(size), where, price_per_chip_hour),
     )
-
-
-def count_saves(config: Config) -> int:
-    """Returns how many checkpoints a run writes: at every interval, and at the end of a phase."""
-    interval = config.save_every_steps
-    at_ends = sum(not interval or phase.end_step % interval != 0 for phase in config.phases)
-    return (config.total_steps // interval if interval else 0) + at_ends
 
 
 def step_work(

@@ -7,14 +7,14 @@ https://cloud.google.com/compute/docs/instances/preemptible#preemption-process
 
 import contextlib
 import http.client
-import os
 import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 
+from tpu.local_tpu import metadata_host
+
 NOTICE_SECONDS = 25  # of the 30 that Google gives, for the rest of a loop and a save
-PRODUCT_NAME = "/sys/class/dmi/id/product_name"
 LONG_POLL_SECONDS = 60
 PAUSE_SECONDS = 1.0  # between two questions; a server may answer each at once
 
@@ -60,7 +60,7 @@ def watched(notice: Callable[[str], None]) -> Iterator[None]:
     Args:
       notice: gets "preemption notice" or "maintenance notice", from a thread of its own.
     """
-    host, stopped = _metadata_host(), threading.Event()
+    host, stopped = metadata_host(), threading.Event()
     for key, begin, name, only_new in (
         ("preempted", "TRUE", "preemption notice", False),
         # It comes up to an hour ahead: the next start on the same machine must not stop again.
@@ -74,18 +74,6 @@ def watched(notice: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         stopped.set()
-
-
-def _metadata_host() -> str | None:
-    """Returns the server's address; elsewhere no name server shall be asked for Google's."""
-    if host := os.environ.get("GCE_METADATA_HOST"):
-        return host
-    if os.environ.get("NO_GCE_CHECK", "").lower() == "true":
-        return None
-    with contextlib.suppress(OSError), open(PRODUCT_NAME) as file:
-        if "Google" in file.read():
-            return "metadata.google.internal"
-    return None
 
 
 def _watch(

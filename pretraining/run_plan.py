@@ -138,11 +138,17 @@ def _say_schedule(config: Config) -> None:
     console.say(f"  0 {curve} {config.total_steps} updates")
 
 
-def _say_disk(config: Config, parameters: int) -> None:
-    size = 4 * parameters * (1 + SLOTS[config.optimizer])
+def saved_steps(config: Config) -> set[int]:
+    """Returns the steps with a checkpoint: at every interval, and at the end of a phase."""
     saves = {phase.end_step for phase in config.phases}
     if config.save_every_steps:
         saves.update(range(config.save_every_steps, config.total_steps, config.save_every_steps))
+    return saves
+
+
+def _say_disk(config: Config, parameters: int) -> None:
+    size = 4 * parameters * (1 + SLOTS[config.optimizer])
+    saves = saved_steps(config)
     kept = set(sorted(saves)[-config.keep_checkpoints :])
     if config.keep_every_steps:
         kept |= {step for step in saves if step % config.keep_every_steps == 0}

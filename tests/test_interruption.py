@@ -14,6 +14,7 @@ import pytest
 
 from pretraining import preemption
 from pretraining.interruption import stop_requests
+from tpu import local_tpu
 
 ROOT = pathlib.Path(__file__).parents[1]
 KEYS = ("preempted", "maintenance-event")
@@ -80,7 +81,7 @@ def quick(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     # A proxy for everything else, which nobody serves.
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    monkeypatch.setattr(preemption, "PRODUCT_NAME", str(tmp_path / "product_name"))
+    monkeypatch.setattr(local_tpu, "_PRODUCT_NAME", str(tmp_path / "product_name"))
     monkeypatch.setattr(preemption, "PAUSE_SECONDS", 0.01)
 
 
@@ -172,15 +173,15 @@ def test_nothing_is_noted_once_the_run_is_over(monkeypatch):
 
 
 def test_google_is_asked_on_its_own_machines_only(monkeypatch, tmp_path):
-    assert preemption._metadata_host() is None
+    assert local_tpu.metadata_host() == ""
     (tmp_path / "product_name").write_text("Standard PC (Q35 + ICH9, 2009)\n")
-    assert preemption._metadata_host() is None
+    assert local_tpu.metadata_host() == ""
     (tmp_path / "product_name").write_text("Google Compute Engine\n")
-    assert preemption._metadata_host() == "metadata.google.internal"
+    assert local_tpu.metadata_host() == "metadata.google.internal"
     monkeypatch.setenv("NO_GCE_CHECK", "true")
-    assert preemption._metadata_host() is None
+    assert local_tpu.metadata_host() == ""
     monkeypatch.setenv("GCE_METADATA_HOST", "169.254.169.254")
-    assert preemption._metadata_host() == "169.254.169.254"
+    assert local_tpu.metadata_host() == "169.254.169.254"
 
 
 @pytest.mark.parametrize(
