@@ -36,15 +36,19 @@ def largest_that_fits(attempt: Callable[[int], Trial], first: int, limit: int, f
       The rows, 0 where not even one fits; at most `MOST_ROWS`.
     """
     low, high = 0, _next(MOST_ROWS)  # fits, does not fit
-    guess = _snap(first)
+    guess, crawling = _snap(first), False
     while _next(low) < high:
         guess = min(max(guess, _next(low)), _before(high))
         trial = attempt(guess)
         low, high = (guess, high) if trial.fits else (low, guess)
         per_row = max(1.0, (trial.bytes - fixed) / guess)
-        estimate = _snap(int(max(0, limit - fixed) / per_row))
-        # An estimate that was tried, or is beside the other end, is followed by its neighbour.
-        guess = estimate if low < estimate < high else (_next(low) if trial.fits else _before(high))
+        guess = _snap(int(max(0, limit - fixed) / per_row))
+        if low < guess < high:
+            crawling = False
+        elif crawling:  # the line leads nowhere: halves, or twice where nothing has failed yet
+            guess = _snap(2 * low if high > MOST_ROWS else (low + high) // 2)
+        else:  # most often the answer is where it was tried last
+            guess, crawling = (_next(low) if trial.fits else _before(high)), True
     return low
 
 
