@@ -11,6 +11,8 @@ import functools
 import importlib
 import os
 import re
+import signal
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -248,6 +250,14 @@ def _private() -> Any:
         ) from None
 
 
+def _take_back_signals() -> None:
+    """Undoes that libtpu, once loaded, prints pages about the machine's state when it is to stop."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if (handler := signal.getsignal(number)) is not None:
+                signal.signal(number, handler)
+
+
 def _member(path: str) -> Any:
     package, _, name = path.rpartition(".")
     with contextlib.suppress(ImportError):
@@ -264,6 +274,7 @@ def _devices(where: Slice) -> Sequence[Any]:
             description = topologies.get_topology_desc(
                 platform="tpu", topology_name=where.compiler_topology, **settings
             )
+            _take_back_signals()
             return description.devices
     except Exception as error:  # the plug-in's own
         raise CompileError(
