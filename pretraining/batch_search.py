@@ -1,10 +1,8 @@
 """The largest micro-batch that fits into the memory of a device, by trying."""
 
+import bisect
 import dataclasses
 from collections.abc import Callable
-
-TILE_ROWS = 8  # a TPU's memory is laid out in tiles of 8 rows
-MOST_ROWS = 2**14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,45 +18,34 @@ class Trial:
     bytes: int
 
 
-def largest_that_fits(attempt: Callable[[int], Trial], first: int, limit: int, fixed: int) -> int:
-    """Returns the largest number of rows that fits, up to 8 any, above that a multiple of 8.
+def sizes_of(rows: int) -> list[int]:
+    """Returns the micro-batches into which so many rows can be split evenly, in ascending order."""
+    return [size for size in range(1, rows + 1) if rows % size == 0]
 
-    The memory of activations grows with the rows, so a line through what was tried says where to try
-    next; but the compiler saves memory when it must, so only a trial decides.
+
+def largest_that_fits(
+    attempt: Callable[[int], Trial], sizes: list[int], first: int, limit: int, fixed: int
+) -> int:
+    """Returns the largest of some micro-batches that fits, 0 where none does.
+
+    The memory of activations grows with the rows, so a line through the last trial says where to try
+    next; but the compiler saves memory when it must, so only a trial decides, and where the line
+    leads nowhere new the range is halved.
 
     Args:
       attempt: compiles for a number of rows.
-      first: the number to begin with, tried already perhaps.
+      sizes: numbers of rows, ascending.
+      first: the one to begin with.
       limit: bytes of a device.
       fixed: bytes that do not depend on the rows.
-
-    Returns:
-      The rows, 0 where not even one fits; at most `MOST_ROWS`.
     """
-    low, high = 0, _next(MOST_ROWS)  # fits, does not fit
-    guess, crawling = _snap(first), False
-    while _next(low) < high:
-        guess = min(max(guess, _next(low)), _before(high))
-        trial = attempt(guess)
+    low, high = -1, len(sizes)  # the largest that fits, the smallest that does not
+    guess = bisect.bisect_right(sizes, first) - 1
+    while low + 1 < high:
+        if not low < guess < high:
+            guess = (low + high) // 2
+        trial = attempt(sizes[guess])
         low, high = (guess, high) if trial.fits else (low, guess)
-        per_row = max(1.0, (trial.bytes - fixed) / guess)
-        guess = _snap(int(max(0, limit - fixed) / per_row))
-        if low < guess < high:
-            crawling = False
-        elif crawling:  # the line leads nowhere: halves, or twice where nothing has failed yet
-            guess = _snap(2 * low if high > MOST_ROWS else (low + high) // 2)
-        else:  # most often the answer is where it was tried last
-            guess, crawling = (_next(low) if trial.fits else _before(high)), True
-    return low
-
-
-def _snap(rows: int) -> int:
-    return rows if rows < TILE_ROWS else min(MOST_ROWS, rows // TILE_ROWS * TILE_ROWS)
-
-
-def _next(rows: int) -> int:
-    return rows + (1 if rows < TILE_ROWS else TILE_ROWS)
-
-
-def _before(rows: int) -> int:
-    return rows - (1 if rows <= TILE_ROWS else TILE_ROWS)
+        per_row = max(1.0, (trial.bytes - fixed) / sizes[guess])
+        guess = bisect.bisect_right(sizes, max(0, limit - fixed) / per_row) - 1
+    return sizes[low] if low >= 0 else 0

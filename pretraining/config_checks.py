@@ -94,6 +94,8 @@ def check_files(config: "Config") -> None:
         "eval": ("eval_files", "vocab_file"),
     }[config.mode]
     given = [n for n in ("input_files", "eval_files", "vocab_file") if getattr(config, n)]
+    if config.preflight:  # needs no records, only the size of the vocabulary
+        return
     missing = [name for name in needed if not getattr(config, name)]
     if given and missing:
         raise InputError(

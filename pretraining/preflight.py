@@ -5,7 +5,6 @@ import importlib.metadata
 from typing import Any
 
 from pretraining import batch_search, console, pod_plan_output
-from pretraining.batch_plan import BatchPlan
 from pretraining.compiled_step import StepCompiler
 from pretraining.config import Config
 from pretraining.dimensions import bert_of, vocab_size_of
@@ -31,14 +30,19 @@ def run(config: Config) -> int:
     """
     where = parse_slice(config.preflight)
     directory = RunDirectory(config.output_dir)
-    path = directory.join(f"preflight-{where.name}.json")
+    name = f"preflight-{where.name}.json"
     bert = bert_of(config)
     vocab_size = vocab_size_of(config, bert)
     try:
-        topology_devices(where)  # that there is a compiler, before anything that takes time
+        if not config.dry_run:
+            topology_devices(where)  # that there is a compiler, before anything that takes time
     except CompileError as error:
         raise InputError(f"--preflight={where.name}: {error}") from None
     plans = plan_phases(config, where.num_devices, where.hbm_bytes, bert, vocab_size)
+    price = config.price_per_chip_hour or None
+    if config.dry_run:
+        pod_plan_output.say(plan_pod(config, bert, vocab_size, where, price_per_chip_hour=price))
+        return 0
     directory.create()
     console.say(
         f"Preflight for {where.name}: {where.num_chips} {where.chip.name} chips, {where.num_devices} devices; "
@@ -49,33 +53,33 @@ def run(config: Config) -> int:
     for plan in plans:
         train = plan.train
         compiler.begin(plan.phase, train.per_replica_batch_size, train.accumulation_steps)
-    found: list[dict[str, Any]] = []
-    reports: dict[int, StepReport] = {}
-    batches: dict[int, BatchPlan] = {}
+    checkers = [_PhaseChecker(compiler, plan, where, config.preflight_search) for plan in plans]
+    found = {
+        "slice": where.name,
+        "chips": where.num_chips,
+        "devices": where.num_devices,
+        "flags": config.as_flags(),
+        "phases": [checker.findings for checker in checkers],
+        "versions": _versions(),
+    }
     try:
-        for plan in plans:
-            checker = _PhaseChecker(compiler, plan, where, config.preflight_search)
-            found.append(checker.findings)
-            reports[plan.phase.number] = checker.check()
-            batches[plan.phase.number] = checker.batch
-    finally:
-        values = {"slice": where.name, "chips": where.num_chips, "devices": where.num_devices}
-        values |= {"flags": config.as_flags(), "phases": found, "versions": _versions()}
-        if len(reports) == len(plans):
-            pod = plan_pod(
-                config,
-                bert,
-                vocab_size,
-                where,
-                batches=batches,
-                price_per_chip_hour=config.price_per_chip_hour or None,
-                measured={number: report.work for number, report in reports.items()},
-                bounds={number: report.bound for number, report in reports.items()},
-            )
-            values["plan"] = pod_plan_output.as_json(pod)
-        directory.write_json(f"preflight-{where.name}.json", values)
+        reports = {checker.number: checker.check() for checker in checkers}
+    except InputError:
+        directory.write_json(name, found)
+        raise
+    pod = plan_pod(
+        config,
+        bert,
+        vocab_size,
+        where,
+        batches={checker.number: checker.batch for checker in checkers},
+        price_per_chip_hour=price,
+        measured={number: report.work for number, report in reports.items()},
+        bounds={number: report.bound for number, report in reports.items()},
+    )
+    directory.write_json(name, {**found, "plan": pod_plan_output.as_json(pod)})
     pod_plan_output.say(pod)
-    console.say(f"Written to {path}")
+    console.say(f"Written to {directory.join(name)}")
     return 0
 
 
@@ -92,12 +96,18 @@ class _PhaseChecker:
         self._phase = plan.phase
         self._where = where
         self._search = search
+        self._said: set[str] = set()
         self.batch = plan.train
         self.findings: dict[str, Any] = {
             "phase": plan.phase.number,
             "max_seq_length": plan.phase.max_seq_length,
-            "compiles": False,
+            "compiles": None,
         }
+
+    @property
+    def number(self) -> int:
+        """Of the phase, from 1."""
+        return self._phase.number
 
     def check(self) -> StepReport:
         """Returns the report of the phase.
@@ -111,11 +121,11 @@ class _PhaseChecker:
         try:
             report = self._compile(self.batch.per_replica_batch_size, self.batch.accumulation_steps)
         except OutOfMemoryError as error:
-            self.findings["reason"] = str(error)
+            self.findings |= {"compiles": False, "reason": str(error)}
             if not self._search:
                 self._refuse(error)
         except CompileError as error:
-            self.findings["reason"] = str(error)
+            self.findings |= {"compiles": False, "reason": str(error)}
             raise InputError(f"{self._named}: {error}") from None
         if self._search:
             self._take_largest()
@@ -134,16 +144,21 @@ class _PhaseChecker:
     def _compile(self, rows: int, accumulation_steps: int) -> StepReport:
         try:
             report = self._compiler.compile(self._phase, rows, accumulation_steps)
-        except OutOfMemoryError:
-            console.say(f"  {rows} rows a device do not fit")
+        except OutOfMemoryError as error:
+            self._say_once(f"  {rows} rows a device: {error}")
             raise
         seconds = self._compiler.seconds(self._phase, rows, accumulation_steps)
-        console.say(
-            f"  {rows} rows a device compiled in {seconds:.0f} s, "
-            f"{report.program.memory.total / 1e9:.2f} GB"
+        self._say_once(
+            f"  {rows} rows a device compiled in {seconds:.0f} s: "
+            f"{report.program.memory.total / 2**30:.2f} GiB"
         )
         self.findings["seconds_to_compile"] = round(seconds, 1)
         return report
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            console.say(line)
 
     def _refuse(self, error: OutOfMemoryError) -> None:
         """Says what does not fit and what would."""
@@ -151,9 +166,9 @@ class _PhaseChecker:
         rows = self.batch.per_replica_batch_size
         largest = self._largest()
         self.findings["largest_rows_that_fit"] = largest
-        accumulation = _accumulation(self.batch, largest)
         remedy = (
-            f"The largest that fits is {largest}: --accumulation_steps={accumulation}"
+            f"The largest that fits of those that divide the {self.batch.rows_per_replica} of a device is "
+            f"{largest}: --accumulation_steps={self.batch.rows_per_replica // largest}"
             if largest
             else "Not even one row fits: take a smaller model or chips with more memory"
         )
@@ -165,21 +180,19 @@ class _PhaseChecker:
         if not largest:
             raise InputError(f"{self._named}: not even one row of a device fits into its memory")
         self.batch = dataclasses.replace(
-            self.batch, accumulation_steps=_accumulation(self.batch, largest)
+            self.batch, accumulation_steps=self.batch.rows_per_replica // largest
         )
         console.say(
-            f"  The largest micro-batch that fits: {largest} rows a device. For this global batch: "
-            f"--accumulation_steps={self.batch.accumulation_steps}, {self.batch}"
+            f"  The largest micro-batch that fits: {largest} of {self.batch.rows_per_replica} rows a device, "
+            f"--accumulation_steps={self.batch.accumulation_steps}: {self.batch}"
         )
 
     def _largest(self) -> int:
         whole = self.batch.rows_per_replica
 
         def attempt(rows: int) -> batch_search.Trial:
-            # Several micro-batches need memory for the sum of their gradients; how many there are
-            # makes no difference.
             try:
-                report = self._compile(rows, 1 if rows >= whole else 2)
+                report = self._compile(rows, whole // rows)
             except OutOfMemoryError as error:
                 return batch_search.Trial(False, error.needed)
             except CompileError as error:
@@ -188,18 +201,11 @@ class _PhaseChecker:
 
         return batch_search.largest_that_fits(
             attempt,
+            batch_search.sizes_of(whole),
             self.batch.per_replica_batch_size,
             self._where.hbm_bytes,
             self._compiler.state_bytes,
         )
-
-
-def _accumulation(batch: BatchPlan, largest: int) -> int:
-    """The fewest micro-batches of at most `largest` rows."""
-    rows = batch.rows_per_replica
-    return next(
-        (d for d in range(1, rows + 1) if rows % d == 0 and rows // d <= max(1, largest)), rows
-    )
 
 
 def _versions() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Programs that libtpu's compiler makes on this machine, and what is read from them."""
 
+import dataclasses
 import math
 import sys
 
@@ -79,6 +80,7 @@ def test_a_loop_counts_as_often_as_it_runs(report):
 
 def test_variables_are_updated_in_place(report):
     assert report.in_place_bytes == report.state_bytes == 4 * SIZE
+    assert report.program.in_place_sizes == [SIZE] * 4
     memory = report.program.memory
     assert memory.aliases == 4 * SIZE  # 256 x 256 fills its tiles
     assert memory.total >= 4 * SIZE + LOOPS * ROWS * WIDTH * 4
@@ -108,6 +110,12 @@ def test_lines_and_json_say_the_same(report):
     assert f"{4 * SIZE:,} of {4 * SIZE:,} bytes" in text
     assert values["flops"]["ratio"] == 1.0 and "100.00%" in text
     assert values["seconds"]["lower_bound"] == report.bound.total
+
+
+def test_a_variable_that_is_copied_is_refused(report):
+    copied = dataclasses.replace(report, state_sizes=(*report.state_sizes, 12))
+    with pytest.raises(StepError, match=f"all {4 * SIZE + 12:,} bytes .* Received: {4 * SIZE:,}$"):
+        copied.check()
 
 
 def test_a_sum_in_each_micro_batch_is_refused():
@@ -179,7 +187,7 @@ def test_too_large_a_program_is_refused_with_its_bytes():
         compiler.compile_step(step, [tf.TensorSpec([60_000, 1000])], V3)
     assert raised.value.needed > 60_000**2 * 4 / 2
     assert 14 * 2**30 < raised.value.available <= 16 * 2**30
-    assert "\n" not in str(raised.value) and "GB" in str(raised.value)
+    assert "\n" not in str(raised.value) and "GiB" in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -163,27 +163,28 @@ def checker(limit, rows, accumulation_steps, search):
 
 
 def test_what_does_not_fit_is_refused_with_the_largest_that_does(capsys):
-    # 240 rows in two halves: 1500 + 10 x 120 bytes is more than 2600.
+    # 240 rows in two halves: 1500 + 10 x 120 bytes is more than 2600; 1500 + 10 x 80 is not.
     found, _ = checker(2600, 240, 2, search=False)
     with pytest.raises(InputError) as raised:
         found.check()
     text = str(raised.value)
     assert "phase 1: 120 rows a device: it does not fit: 2700 bytes" in text
-    assert "The largest that fits is 104: --accumulation_steps=3" in text  # 110, in tiles of 8
-    assert found.findings["largest_rows_that_fit"] == 104
+    assert "that divide the 240 of a device is 80: --accumulation_steps=3" in text
+    assert found.findings["largest_rows_that_fit"] == 80 and found.findings["compiles"] is False
+    assert capsys.readouterr().out.count("120 rows a device") == 1
 
 
 def test_the_search_takes_the_fewest_micro_batches(capsys):
     found, fake = checker(2600, 240, 240, search=True)
     found.check()
     assert found.batch.accumulation_steps == 3 and found.batch.per_replica_batch_size == 80
-    assert found.findings["largest_rows_that_fit"] == 104
-    assert (80, 3) in fake.tried
-    # All rows at once fit, without the memory of a sum: more than the 104 of several micro-batches.
-    found, fake = checker(2600, 120, 4, search=True)
+    assert found.findings["largest_rows_that_fit"] == 80 and found.findings["compiles"]
+    assert (80, 3) in fake.tried and (120, 2) in fake.tried
+    # All rows at once fit, without the memory of a sum, where two halves do not.
+    found, _ = checker(2100, 110, 10, search=True)
     found.check()
     assert found.batch.accumulation_steps == 1
-    assert found.findings["largest_rows_that_fit"] == 160
+    assert found.findings["largest_rows_that_fit"] == 110
 
 
 def test_not_even_one_row_fits():
@@ -201,6 +202,7 @@ def test_the_search_finds_the_largest_in_a_few_trials(saved):
         fixed, per_row = int(rng.integers(0, 10**6)), int(rng.integers(1, 10**5))
         bend = float(rng.uniform(0.6, 1.2))  # memory that is not quite a line
         limit = fixed + int(rng.integers(0, 10**8))
+        sizes = batch_search.sizes_of(int(rng.integers(1, 20)) * 2 ** int(rng.integers(0, 12)))
         tried = []
 
         def size(rows, fixed=fixed, per_row=per_row, bend=bend, limit=limit):
@@ -211,11 +213,29 @@ def test_the_search_finds_the_largest_in_a_few_trials(saved):
             tried.append(rows)
             return Trial(size(rows) <= limit, size(rows))
 
-        found = largest_that_fits(attempt, int(rng.integers(1, 300)), limit, fixed)
-        grid = [*range(1, 8), *range(8, batch_search.MOST_ROWS + 1, 8)]
-        expected = max((rows for rows in grid if size(rows) <= limit), default=0)
-        assert found == expected
-        assert len(tried) == len(set(tried)) and len(tried) <= 25
+        found = largest_that_fits(attempt, sizes, int(rng.choice(sizes)), limit, fixed)
+        assert found == max((rows for rows in sizes if size(rows) <= limit), default=0)
+        assert len(tried) == len(set(tried)) and len(tried) <= 7
+
+
+def test_sizes_divide_the_rows():
+    assert batch_search.sizes_of(12) == [1, 2, 3, 4, 6, 12]
+    assert batch_search.sizes_of(509) == [1, 509]
+
+
+def test_a_dry_run_plans_without_compiling(small_records, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(preflight, "StepCompiler", None)
+    flags = ["--preflight=v3-32", "--dry_run", "--price_per_chip_hour=2", "--num_train_steps=1000"]
+    assert main([*flags_of(small_records, tmp_path / "out"), *flags]) == 0
+    assert "Plan for v3-32: 16 v3 chips" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vocabulary_without_records_will_do(small_records, tmp_path, capsys):
+    flags = ["--preflight=v3-8", "--dry_run", f"--vocab_file={small_records.folder}/vocab.txt"]
+    assert main([*flags_of(small_records, tmp_path / "out"), *flags]) == 0
+    assert main(["pretraining.run", "--preflight=v3-8", "--vocab_file=/no"]) == 2
+    assert "--vocab_file=/no" in capsys.readouterr().err
 
 
 def test_a_batch_is_what_the_input_pipeline_delivers(small_records):

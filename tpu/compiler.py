@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tpu.chips import Slice
+from tpu.chips import GIB, Slice
 from tpu.program import Memory, Program
 
 INSTALL = "pip install -e '.[preflight]' -c constraints.txt"
@@ -33,6 +33,11 @@ _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
+}
+_NO_GATHER_ON_SPARSE_CORE = {
+    "xla_tpu_enable_offloading_scatter_to_sparsecore": False,
+    "xla_tpu_offload_all_supported_gathers_to_sparsecore": False,
+    "xla_tpu_offload_gather_to_sparsecore": False,
 }
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -53,6 +58,10 @@ class OutOfMemoryError(CompileError):
         super().__init__(message)
         self.needed = needed
         self.available = available
+
+
+class _UnreadableError(Exception):
+    """There is a program, and jaxlib cannot tell what is in it."""
 
 
 def cross_replica_sum(where: Slice) -> Callable[[Any], Any]:
@@ -128,19 +137,34 @@ def compile_hlo(hlo: bytes, where: Slice) -> Program:
       OutOfMemoryError: a device has too little memory.
       CompileError: the compiler refuses it.
     """
+    try:
+        return _read(_executable(hlo, where, {}), where)
+    except _UnreadableError:
+        # jaxlib cannot read a program that gathers on the SparseCore of a v6e.
+        try:
+            return _read(_executable(hlo, where, _NO_GATHER_ON_SPARSE_CORE), where)
+        except _UnreadableError as error:
+            raise CompileError(str(error)) from None
+
+
+def _executable(hlo: bytes, where: Slice, settings: dict[str, Any]) -> Any:
     private, devices = _private(), _devices(where)
     options = private.compiler.get_compile_options(
         num_replicas=len(devices),
         num_partitions=1,
         device_assignment=np.array([[device.id] for device in devices]),
+        env_options_overrides=settings,
     )
     with _environment(), private.mlir.make_ir_context():
         try:
             module = _stablehlo(hlo, private)
-            client, group = devices[0].client, private.jax.DeviceList(tuple(devices))
-            executable = client.compile(module, group, options)
+            group = private.jax.DeviceList(tuple(devices))
+            return devices[0].client.compile(module, group, options)
         except Exception as error:  # the compiler raises what it likes
             raise _compile_failure(str(error), where) from None
+
+
+def _read(executable: Any, where: Slice) -> Program:
     stats, costs = executable.get_compiled_memory_stats(), executable.cost_analysis()
     memory = Memory(
         arguments=stats.argument_size_in_bytes,
@@ -149,8 +173,15 @@ def compile_hlo(hlo: bytes, where: Slice) -> Program:
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
     )
+    try:
+        text = executable.hlo_modules()[0].to_string()
+    except Exception as error:  # jaxlib's reader, where the compiler writes what it does not know
+        raise _UnreadableError(
+            f"it compiles for {where.chip.name} and takes {memory.total / GIB:.2f} of "
+            f"{where.hbm_bytes / GIB:.2f} GiB, but jaxlib cannot read the program: {_line(str(error))}"
+        ) from None
     return Program(
-        executable.hlo_modules()[0].to_string(),
+        text,
         memory=memory,
         flops=costs.get("flops", 0.0),
         bytes_accessed=costs.get("bytes accessed", 0.0),
@@ -214,8 +245,8 @@ def _compile_failure(text: str, where: Slice) -> CompileError:
         ]
         if len(sizes) >= 2:
             return OutOfMemoryError(
-                f"it does not fit: the compiler asks for {sizes[0] / 1e9:.2f} GB for temporaries alone where a "
-                f"program on {where.chip.name} has {sizes[1] / 1e9:.2f} GB in all",
+                f"it does not fit: temporaries need {sizes[0] / GIB:.2f} GiB where a program on "
+                f"{where.chip.name} has {sizes[1] / GIB:.2f} GiB",
                 sizes[0],
                 sizes[1],
             )

@@ -3,6 +3,7 @@
 The step is any TensorFlow function; what the report says of it is read from the compiled program.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -10,12 +11,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from tpu.chips import Slice
+from tpu.chips import GIB, Slice
 from tpu.compiler import CompileError, OutOfMemoryError, compile_hlo, lower, topology_devices
 from tpu.plan import StepTime, StepWork, step_bound
 from tpu.program import AllReduce, Program
-
-FLOPS_TOLERANCE = 0.05
 
 
 class StepError(CompileError):
@@ -29,21 +28,33 @@ class StepReport:
     Attributes:
       where: the slice.
       program: what each of its devices runs.
-      state_bytes: of the variables that the step must update in place; it may assign more.
+      state_sizes: bytes of each variable that the step must update in place; it may assign more.
       model_flops: of one device and update, from the model's definition.
       update_scope: a regular expression for the names of the optimizer's operations.
     """
 
     where: Slice
     program: Program
-    state_bytes: int
+    state_sizes: tuple[int, ...]
     model_flops: float
     update_scope: str
 
     @functools.cached_property
     def in_place_bytes(self) -> int:
         """Bytes of the variables that are written over their old values."""
-        return self.program.in_place_bytes
+        return sum(self.state_sizes) - sum(self._copied.elements())
+
+    @property
+    def _copied(self) -> collections.Counter[int]:
+        """Sizes of variables for which no argument of that size is written over."""
+        return collections.Counter(self.state_sizes) - collections.Counter(
+            self.program.in_place_sizes
+        )
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the variables that the step must update in place."""
+        return sum(self.state_sizes)
 
     @property
     def flops_ratio(self) -> float:
@@ -91,15 +102,15 @@ class StepReport:
         memory, program = self.program.memory, self.program
         if memory.total > self.where.hbm_bytes:
             raise OutOfMemoryError(
-                f"it does not fit: {memory.total / 1e9:.2f} GB where a device of {self.where.name} has "
-                f"{self.where.hbm_bytes / 1e9:.2f} GB",
+                f"it does not fit: {memory.total / GIB:.2f} GiB where a device of {self.where.name} has "
+                f"{self.where.hbm_bytes / GIB:.2f} GiB",
                 memory.total,
                 self.where.hbm_bytes,
             )
-        if self.in_place_bytes < self.state_bytes:
+        if self._copied:
             raise StepError(
-                f"expected all {self.state_bytes} bytes of variables to be updated in place. Received: "
-                f"{self.in_place_bytes}"
+                f"expected all {self.state_bytes:,} bytes of variables to be updated in place. Received: "
+                f"{self.in_place_bytes:,}"
             )
         if self.where.num_devices == 1:
             return
@@ -152,9 +163,9 @@ class StepReport:
         bound = self.bound
         total = bound.total
         return [
-            f"Memory: {memory.total / 1e9:.2f} of {self.where.hbm_bytes / 1e9:.2f} GB a device: "
-            f"{memory.arguments / 1e9:.2f} variables and input, {memory.temporaries / 1e9:.2f} temporaries, "
-            f"{memory.code / 1e9:.2f} program, {(memory.outputs - memory.aliases) / 1e9:.2f} output",
+            f"Memory: {memory.total / GIB:.2f} of {self.where.hbm_bytes / GIB:.2f} GiB a device: "
+            f"{memory.arguments / GIB:.2f} variables and input, {memory.temporaries / GIB:.2f} temporaries, "
+            f"{memory.code / GIB:.2f} program, {(memory.outputs - memory.aliases) / GIB:.2f} output",
             f"In place: {self.in_place_bytes:,} of {self.state_bytes:,} bytes of variables",
             f"Arithmetic of a device and update: {program.matmul_flops / 1e12:.3f} TFLOP in matrix products, "
             f"{self.flops_ratio:.2%} of the model's {self.model_flops / 1e12:.3f}; "
@@ -210,7 +221,7 @@ def preflight(
     """
     topology_devices(where)  # before the step is traced, which may take longer
     hlo = lower(step, arguments)
-    state_bytes = sum(v.shape.num_elements() * v.dtype.size for v in variables)
+    sizes = tuple(v.shape.num_elements() * v.dtype.size for v in variables)
 
     def compiled() -> StepReport:
         try:
@@ -218,14 +229,14 @@ def preflight(
         except OutOfMemoryError as error:
             # What the compiler counts are temporaries; the variables come on top of them.
             raise OutOfMemoryError(
-                f"{error}, and variables take {state_bytes / 1e9:.2f} GB beside them",
-                error.needed + state_bytes,
+                f"{error}, and variables take {sum(sizes) / GIB:.2f} GiB beside them",
+                error.needed + sum(sizes),
                 error.available,
             ) from None
         report = StepReport(
             where=where,
             program=program,
-            state_bytes=state_bytes,
+            state_sizes=sizes,
             model_flops=model_flops,
             update_scope=update_scope,
         )

@@ -85,11 +85,15 @@ class Program:
     def all_reduces(self) -> list[AllReduce]:
         """The sums over devices."""
         return [
-            AllReduce(hlo.size_of(step.shape), _largest_group(step), times)
+            AllReduce(self._operand_bytes(name, step), _largest_group(step), times)
             for name, times in self._times.items()
             for step in self._computations[name].values()
             if step.opcode in _REDUCTIONS
         ]
+
+    def _operand_bytes(self, computation: str, step: Instruction) -> int:
+        steps = self._computations[computation]
+        return sum(hlo.size_of(steps[name].shape) for name in step.operands)
 
     def cycles(self, of: str = "") -> float:
         """Returns the compiler's estimate of the clock cycles of all instructions but collectives.
@@ -109,15 +113,14 @@ class Program:
         return self._sum(hlo.traffic, self._scheduled, of)
 
     @property
-    def in_place_bytes(self) -> int:
-        """Bytes of those arguments whose memory outputs are written to, padding left out."""
-        shapes = [
-            (int(step.operands[0]), step.shape)
+    def in_place_sizes(self) -> list[int]:
+        """Bytes of each argument whose memory an output is written to, padding left out."""
+        size = {
+            int(step.operands[0]): hlo.size_of(step.shape)
             for step in self._computations[self._entry].values()
             if step.opcode == "parameter"
-        ]
-        size = {number: hlo.size_of(shape) for number, shape in shapes}
-        return sum(size[argument] for _, argument in self.in_place())
+        }
+        return [size[argument] for _, argument in self.in_place()]
 
     def in_place(self) -> list[tuple[int, int]]:
         """Returns the pairs (output, argument) that share their memory."""
