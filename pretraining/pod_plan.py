@@ -42,7 +42,7 @@ class PhaseOnPod:
       batch: how its global batch is spread.
       work: of one device and update.
       measured: whether `work` is the compiler's account; else it follows from the dimensions.
-      bound: the time of an update that cannot be beaten.
+      bound: the time of an update at its best, one part after the other.
       expected: the time of an update.
       cost: of all its updates, by `expected`.
       least_cost: of all its updates, by `bound`.

@@ -5,6 +5,7 @@ from typing import Any
 
 from pretraining import console
 from pretraining.pod_plan import PhaseOnPod, PodPlan
+from tpu.chips import GIB
 from tpu.plan import MATMUL_EFFICIENCY, STORAGE_BANDWIDTH, Cost, StepTime, storage_seconds
 
 
@@ -12,21 +13,22 @@ def say(plan: PodPlan) -> None:
     """Prints a plan, what is certain apart from what is expected."""
     where, chip = plan.where, plan.where.chip
     console.say(
-        f"Plan for {where.name}: {where.num_chips} {chip.name} chips ({where.compiler_topology}), "
-        f"{where.num_devices} devices of {where.hbm_bytes / 2**30:.0f} GiB, {where.num_hosts} hosts"
+        f"Plan for {where.name}: {_counted(where.num_chips, f'{chip.name} chip')} "
+        f"({where.compiler_topology}), {_counted(where.num_devices, 'device')} of "
+        f"{where.hbm_bytes / GIB:.0f} GiB, {_counted(where.num_hosts, 'host')}"
     )
     for item in plan.phases:
         _say_phase(item)
     size, each = plan.checkpoint_bytes, storage_seconds(plan.checkpoint_bytes)
     console.say(
-        f"Checkpoints: {plan.checkpoints} of {size / 1e9:,.2f} GB, {each:.0f} s each at "
-        f"{STORAGE_BANDWIDTH / 1e6:.0f} MB/s (assumed), {plan.checkpoint_cost.hours:.2f} h in all"
+        f"Checkpoints: {plan.checkpoints} of {_figure(size / 1e9)} GB, {_figure(each)} s each at "
+        f"{STORAGE_BANDWIDTH / 1e6:.0f} MB/s (assumed), {_figure(plan.checkpoint_cost.hours)} h in all"
     )
-    console.say(f"Expected: {_price(plan.cost)}; never below {_price(plan.least_cost)}")
+    console.say(f"Expected: {_price(plan.cost)}; at the bound {_price(plan.least_cost)}")
     console.say(
         f"  Expected is with matrix products at {MATMUL_EFFICIENCY:.1%} of the peak, fitted to published "
-        "runs of 2019; MLPerf's TF2 entry of 2020 reached 55% (docs/tpu.md has all errors). Left out: start, "
-        "compilation, evaluation, time lost to preemption"
+        "runs of 2019, or at the bound where that is more; MLPerf's TF2 entry of 2020 reached 55% "
+        "(docs/tpu.md has all errors). Left out: start, compilation, evaluation, time lost to preemption"
     )
 
 
@@ -38,23 +40,34 @@ def _say_phase(item: PhaseOnPod) -> None:
         f"{phase.max_seq_length} tokens, {item.batch.rows_per_replica} a device"
     )
     console.say(
-        f"  Work of a device and update, {origin}: {work.flops / 1e12:,.2f} TFLOP, update "
-        f"{work.update_bytes / 1e9:,.2f} GB, all-reduce {work.all_reduce_bytes / 1e9:,.2f} GB"
+        f"  Work of a device and update, {origin}: {_figure(work.flops / 1e12)} TFLOP, update "
+        f"{_figure(work.update_bytes / 1e9)} GB, all-reduce {_figure(work.all_reduce_bytes / 1e9)} GB"
     )
-    for name, time in (("at least", bound), ("expected", expected)):
+    for name, time in (("bound", bound), ("expected", expected)):
         console.say(
-            f"  Update {name}: {1e3 * time.total:,.1f} ms = matrix products {1e3 * time.compute:,.1f} + "
-            f"optimizer {1e3 * time.update:,.1f} + all-reduce {1e3 * time.all_reduce:,.1f}"
+            f"  Update, {name}: {_figure(1e3 * time.total)} ms = forward and backward pass "
+            f"{_figure(1e3 * time.compute)} + optimizer {_figure(1e3 * time.update)} + all-reduce "
+            f"{_figure(1e3 * time.all_reduce)}"
         )
-    console.say(f"  Expected: {_price(item.cost)}; never below {_price(item.least_cost)}")
+    console.say(f"  Expected: {_price(item.cost)}; at the bound {_price(item.least_cost)}")
     console.say(
-        f"  Input of a host, enough at any speed: {item.input.examples:,.0f} examples/s, "
-        f"{item.input.read_bytes / 1e6:,.2f} MB/s read, {item.input.device_bytes / 1e6:,.2f} MB/s to devices"
+        f"  Input of a host at the bound: {item.input.examples:,.0f} examples/s, "
+        f"{_figure(item.input.read_bytes / 1e6)} MB/s read, {_figure(item.input.device_bytes / 1e6)} MB/s "
+        "to devices"
     )
+
+
+def _figure(value: float) -> str:
+    """Three digits at least, thousands apart."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _price(what: Cost) -> str:
-    text = f"{what.hours:,.2f} h, {what.chip_hours:,.1f} chip hours"
+    text = f"{_figure(what.hours)} h, {_figure(what.chip_hours)} chip hours"
     return text if what.money is None else f"{text}, {what.money:,.2f} in money"
 
 

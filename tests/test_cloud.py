@@ -80,7 +80,7 @@ def test_a_queued_resource_waits_in_line_and_is_deleted_with_its_tpu_vm(cloud, c
     states = [line.partition(": ")[2] for line in out.splitlines()]
     assert status == 0
     assert states[:2] == ["queued resource WAITING_FOR_RESOURCES", "queued resource PROVISIONING"]
-    assert states[-2:] == ["queued resource ACTIVE, TPU VM READY", "ready, 1 workers"]
+    assert states[-2:] == ["queued resource ACTIVE, TPU VM READY", "ready, 1 worker"]
     assert call(capsys, "delete", "n1")[0] == 0
     assert [r.path for r in cloud.asked("DELETE")] == [QUEUED]
     assert not cloud.resources
@@ -417,10 +417,12 @@ def test_a_slice_that_is_not_ready_is_not_run_on(cloud, capsys, fake_ssh):
         ("--ssh_command=no-such-program {worker} {command}", "Received: no-such-program"),
         ("--workers=0,x", "numbers with commas between them"),
         ("--workers=-1", "numbers with commas between them"),
+        ("--workers=0,0-2", "numbers with commas between them"),
     ],
 )
 def test_a_wrong_way_to_the_workers_is_refused_in_a_line(cloud, capsys, flag, said):
     status, _, error = call(capsys, "run", "n1", flag, "--", "true")
+    assert status == (1 if "no-such-program" in flag else 2)
     assert said in one_error(status, error)
     assert not cloud.requests
 
@@ -442,6 +444,7 @@ def test_names_in_a_template_stay_one_argument():
         (["wait", "n1", "--timeout=-1"], "a number above 0"),
         (["wait", "n1", "--", "true"], "expected no command behind --"),
         (["run", "n1"], "expected a command behind --"),
+        (["run", "n1", "--", " "], "expected a command behind --"),
         (["supervise", "n1", *SLICE, "--", "train"], "--budget_hours"),
         (["supervise", "n1", *SLICE, "--budget_hours=nan", "--", "t"], "a number above 0"),
     ],

@@ -186,7 +186,7 @@ def test_plan_is_said_and_written(capsys):
     made = plan_of("v3-2048", price=2.0)
     pod_plan_output.say(made)
     said = capsys.readouterr().out
-    for fact in ("1024 v3 chips", "2048 devices of 16 GiB, 256 hosts", "never below", "MB/s read"):
+    for fact in ("1024 v3 chips", "2048 devices of 16 GiB, 256 hosts", "at the bound", "MB/s read"):
         assert fact in said
     written = json.loads(json.dumps(pod_plan_output.as_json(made)))
     assert (written["slice"], written["hosts"]) == ("v3-2048", 256)

@@ -305,7 +305,7 @@ def test_a_budget_in_money_limits_the_hours(supervise, capsys):
         (["--budget_money=4"], "expected --price_per_chip_hour beside it"),
         (["--price_per_chip_hour=1", "--accelerator_type=v99-8"], "of which the chips are known"),
     ):
-        assert supervise("true", *flags) == 1
+        assert supervise("true", *flags) == 2
         assert said in supervise.output
 
 

@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 from tpu import cloud_flags, cloud_preview, cloud_resources, remote
 from tpu.cloud_api import PATIENCE_SECONDS, Api
-from tpu.cloud_errors import CloudError, without_secrets
+from tpu.cloud_errors import CloudError, UsageError, without_secrets
+from tpu.command_line import USAGE_ERROR
 from tpu.supervisor import Supervisor
 from tpu.supervisor_state import StateFile
 
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
             return COMMANDS[flags.command](flags, command)
     except CloudError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return FAILED
+        return USAGE_ERROR if isinstance(error, UsageError) else FAILED
     except Interrupted as interruption:
         if flags.command in ("create", "wait", "run", "delete"):
             print(
@@ -85,7 +86,8 @@ def wait(flags: argparse.Namespace, command: str) -> int:
             f"{flags.name}: expected it to become ready. Received: {api.clean(sight.said)}. Remedy: "
             f"{_own_command('delete', flags)}, then create it again"
         )
-    print(f"{flags.name}: ready, {sight.num_workers} workers")
+    plural = "" if sight.num_workers == 1 else "s"
+    print(f"{flags.name}: ready, {sight.num_workers} worker{plural}")
     return 0
 
 
@@ -205,7 +207,7 @@ def _read(argv: list[str]) -> tuple[argparse.Namespace, str]:
     parser = cloud_flags.parser()
     flags = parser.parse_args(argv[:at])
     takes_command = flags.command in ("run", "supervise")
-    if takes_command != bool(words):
+    if takes_command != any(word.strip() for word in words):
         parser.error(
             f"{flags.command}: expected {'a' if takes_command else 'no'} command behind --. Received: "
             f"{shlex.join(words) or 'none'}"

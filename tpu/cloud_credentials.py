@@ -115,10 +115,10 @@ def _find_old() -> Any:
 def no_credentials(error: Exception) -> CloudError:
     """Says that there are no credentials, and nothing of what an error may quote from them."""
     file = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
-    received = f"{file} (GOOGLE_APPLICATION_CREDENTIALS)" if file else "none"
+    received = f"{file} (GOOGLE_APPLICATION_CREDENTIALS)" if file else "none that can be used"
     return CloudError(
-        f"credentials: expected Google's application default credentials. Received: {received}, "
-        f"which cannot be used ({type(error).__name__}). Remedy: {LOGIN}"
+        f"credentials: expected Google's application default credentials. Received: {received} "
+        f"({type(error).__name__}). Remedy: {LOGIN}"
     )
 
 

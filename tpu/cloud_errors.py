@@ -28,6 +28,10 @@ class ExistsError(CloudError):
     """There is one of this name already."""
 
 
+class UsageError(CloudError):
+    """The command line makes no sense."""
+
+
 class WaitedTooLongError(CloudError):
     """It is not there yet, and may come."""
 

@@ -6,7 +6,7 @@ import re
 import sys
 
 from tpu.chips import Slice, parse_slice
-from tpu.cloud_errors import CloudError
+from tpu.cloud_errors import UsageError
 from tpu.cloud_requests import SliceRequest
 from tpu.command_line import Parser
 from tpu.remote import SSH
@@ -81,12 +81,12 @@ def supervision_plan(flags: argparse.Namespace, request: SliceRequest, command: 
     """
     known = check_runtime(request.accelerator_type, request.version)
     if flags.price_per_chip_hour and known is None:
-        raise CloudError(
+        raise UsageError(
             f"--price_per_chip_hour: expected an --accelerator_type of which the chips are known. "
             f"Received: {request.accelerator_type}. Remedy: leave the price out"
         )
     if flags.budget_money and not flags.price_per_chip_hour:
-        raise CloudError(
+        raise UsageError(
             f"--budget_money: expected --price_per_chip_hour beside it. Received: {flags.budget_money:g} alone"
         )
     price_per_hour = (flags.price_per_chip_hour or 0.0) * (known.num_chips if known else 0)

@@ -28,6 +28,8 @@ class Node:
       accelerator_type: such as v3-32.
       runtime_version: such as tpu-vm-tf-2.20.0-pod-pjrt.
       addresses: host:port of the TensorFlow server of each worker.
+      zone: where it is.
+      project: whose it is.
     """
 
     name: str
@@ -36,11 +38,20 @@ class Node:
     accelerator_type: str = ""
     runtime_version: str = ""
     addresses: tuple[str, ...] = ()
+    zone: str = ""
+    project: str = ""
 
     @property
     def url(self) -> str:
         """The addresses as TensorFlow's resolver takes them, without asking the API once more."""
         return ",".join(f"grpc://{address}" for address in self.addresses)
+
+    @property
+    def place(self) -> str:
+        """Its name and place, as commands take them."""
+        zone = f" --zone={self.zone}" if self.zone else ""
+        project = f" --project={self.project}" if self.project else ""
+        return f"{self.name}{zone}{project}"
 
     def __str__(self) -> str:
         return f"{self.accelerator_type} {self.state}, {self.runtime_version}"
@@ -70,7 +81,7 @@ def find(name: str, zone: str = "", project: str = "") -> Node:
         raise _not_found(name, zone, project) from None
     except CloudError as error:
         raise _refused(error, zone, project) from None
-    return read_node(name, answer)
+    return dataclasses.replace(read_node(name, answer), zone=zone, project=project)
 
 
 def read_node(name: str, answer: Mapping) -> Node:
@@ -100,25 +111,25 @@ def node_fault(node: Node, tensorflow: str) -> Fault | None:
     if node.state in ("PREEMPTED", "TERMINATED"):
         return Fault(
             f"the TPU was taken away, its state is {node.state}",
-            f"Remedy: `python -m tpu.cloud delete {node.name}`, then create it again; `python -m "
+            f"Remedy: `python -m tpu.cloud delete {node.place}`, then create it again; `python -m "
             "tpu.cloud supervise` does so by itself",
         )
     if node.state != "READY":
         return Fault(
             f"expected a TPU that is READY. Received: {node.state or 'no state'}",
-            f"Remedy: `python -m tpu.cloud wait {node.name}`; a stopped one is started with `gcloud "
-            f"compute tpus tpu-vm start {node.name}`",
+            f"Remedy: `python -m tpu.cloud wait {node.place}`; a stopped one is started with `gcloud "
+            f"compute tpus tpu-vm start {node.place}`",
         )
     if node.health.startswith("UNHEALTHY"):
         return Fault(
             f"the TPU is not healthy: {node.health}",
-            f"Remedy: `gcloud compute tpus tpu-vm describe {node.name}` tells why; delete it and create "
+            f"Remedy: `gcloud compute tpus tpu-vm describe {node.place}` tells why; delete it and create "
             "it again where that lasts",
         )
     if not node.addresses:
         return Fault(
             "the API tells no address of a worker",
-            f"Remedy: `python -m tpu.cloud delete {node.name}`, then create it again",
+            f"Remedy: `python -m tpu.cloud delete {node.place}`, then create it again",
         )
     return tpu_servers.version_fault(node.runtime_version, tensorflow)
 

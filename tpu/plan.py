@@ -3,7 +3,7 @@
 Arithmetic alone: a step is matrix products, then the all-reduce of the gradient, then the
 optimizer's update, one after the other. Two step times come of it, never to be mixed up:
 
-- the bound: every unit at its peak (roofline). No program of this work can be faster.
+- the bound: every unit at its peak (roofline). Only a program that overlaps the parts can be faster.
 - the expected time: the matrix products at `MATMUL_EFFICIENCY` of their peak, the one constant here.
   It was fitted on half of ten published runs; benchmarks/published_runs.py shows the error on all.
 """
@@ -84,7 +84,7 @@ def step_time(work: StepWork, where: Slice, *, efficiency: float = MATMUL_EFFICI
 
 
 def step_bound(work: StepWork, where: Slice) -> StepTime:
-    """Returns the roofline: the time below which no program of this work can get."""
+    """Returns the roofline: every part at its peak, one after the other."""
     return step_time(work, where, efficiency=1.0)
 
 

@@ -82,7 +82,10 @@ class StepReport:
 
     @property
     def bound(self) -> StepTime:
-        """The time below which the step cannot get: the larger of roofline and compiler's estimate."""
+        """The time of this program at its best: the larger of roofline and compiler's estimate.
+
+        One part follows the other, as in the program: its sums over devices do not overlap the rest.
+        """
         roofline = step_bound(self.work, self.where)
         rest = self.compiler_seconds - self.update_seconds
         return StepTime(
@@ -163,17 +166,17 @@ class StepReport:
         bound = self.bound
         total = bound.total
         return [
-            f"Memory: {memory.total / GIB:.2f} of {self.where.hbm_bytes / GIB:.2f} GiB a device: "
-            f"{memory.arguments / GIB:.2f} variables and input, {memory.temporaries / GIB:.2f} temporaries, "
-            f"{memory.code / GIB:.2f} program, {(memory.outputs - memory.aliases) / GIB:.2f} output",
+            f"Memory: {memory.total / GIB:.3g} of {self.where.hbm_bytes / GIB:.3g} GiB a device: "
+            f"{memory.arguments / GIB:.3g} variables and input, {memory.temporaries / GIB:.3g} temporaries, "
+            f"{memory.code / GIB:.3g} program, {(memory.outputs - memory.aliases) / GIB:.3g} output",
             f"In place: {self.in_place_bytes:,} of {self.state_bytes:,} bytes of variables",
-            f"Arithmetic of a device and update: {program.matmul_flops / 1e12:.3f} TFLOP in matrix products, "
-            f"{self.flops_ratio:.2%} of the model's {self.model_flops / 1e12:.3f}; "
-            f"{program.bytes_accessed / 1e9:.2f} GB accessed",
+            f"Arithmetic of a device and update: {program.matmul_flops / 1e12:.4g} TFLOP in matrix products, "
+            f"{self.flops_ratio:.2%} of the model's {self.model_flops / 1e12:.4g}; "
+            f"{program.bytes_accessed / 1e9:.3g} GB accessed",
             f"Sums over devices: {_describe(program.all_reduces) or 'none'}",
-            f"Update at least {1e3 * total:.2f} ms: forward and backward pass {1e3 * bound.compute:.2f}, "
-            f"optimizer {1e3 * bound.update:.2f} ({bound.update / total:.1%}), "
-            f"all-reduce {1e3 * bound.all_reduce:.2f} ({bound.all_reduce / total:.1%})",
+            f"Update, bound: {1e3 * total:.4g} ms: forward and backward pass {1e3 * bound.compute:.4g}, "
+            f"optimizer {1e3 * bound.update:.3g} ({bound.update / total:.1%}), "
+            f"all-reduce {1e3 * bound.all_reduce:.3g} ({bound.all_reduce / total:.1%})",
         ]
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import IO
 
-from tpu.cloud_errors import CloudError, one_line, without_secrets
+from tpu.cloud_errors import CloudError, UsageError, one_line, without_secrets
 
 SSH = (
     "gcloud compute tpus tpu-vm ssh {name} --zone={zone} --project={project} --worker={worker} "
@@ -68,8 +68,8 @@ class Shell:
         }
         return [re.sub(r"\{(\w+)\}", lambda match: values[match[1]], word) for word in words]
 
-    def _bad_template(self, expected: str) -> CloudError:
-        return CloudError(
+    def _bad_template(self, expected: str) -> UsageError:
+        return UsageError(
             f"--ssh_command: expected {expected}. Received: {one_line(self.template)}"
         )
 
@@ -80,10 +80,10 @@ class Shell:
           CloudError: the template makes no sense, or there is no such program on this machine.
         """
         arguments = self.arguments(0, "")
-        if shutil.which(arguments[0]) is None:
+        if not arguments[0] or shutil.which(arguments[0]) is None:
             raise CloudError(
-                f"--ssh_command: expected a program of this machine. Received: {arguments[0]}, which is "
-                "not there. Remedy: install the Google Cloud CLI, or name another program"
+                f"--ssh_command: expected a program of this machine. Received: {arguments[0] or 'none'}, "
+                "which is not there. Remedy: install the Google Cloud CLI, or name another program"
             )
         return arguments
 
@@ -210,7 +210,7 @@ def parse_workers(text: str, count: int | None) -> list[int]:
         if count is None or workers[-1] < count:
             return workers
     limit = "" if count is None else f" below {count}"
-    raise CloudError(
+    raise UsageError(
         f"--workers={text}: expected all, or numbers{limit} with commas between them. Received: {text}"
     )
 

@@ -96,7 +96,10 @@ class Supervisor:
                 f"the last with exit {status}. Remedy: run the command on worker 0 by hand",
             )
         pause = FIRST_PAUSE_SECONDS * 2 ** max(self._quick_failures - 1, 0)
-        self._sleep(min(pause, LONGEST_PAUSE_SECONDS))
+        # A machine that has only just come may not answer ssh for some minutes.
+        self._sleep(
+            LONGEST_PAUSE_SECONDS if status == remote.LOST else min(pause, LONGEST_PAUSE_SECONDS)
+        )
 
     def _slice(self) -> cloud_resources.Sight:
         """Returns the slice when it is ready, made anew as often as it takes."""
