@@ -44,7 +44,7 @@ class AllReduce(NamedTuple):
     """A sum over devices.
 
     Attributes:
-      size: bytes that each device contributes.
+      size: bytes of what each device adds, in the dtype of the sum.
       devices: how many take part in the largest group; 0 for all of them.
       times: how often it is made when the program runs once.
     """
@@ -85,15 +85,17 @@ class Program:
     def all_reduces(self) -> list[AllReduce]:
         """The sums over devices."""
         return [
-            AllReduce(self._operand_bytes(name, step), _largest_group(step), times)
+            AllReduce(self._summed_bytes(name, step), _largest_group(step), times)
             for name, times in self._times.items()
             for step in self._computations[name].values()
             if step.opcode in _REDUCTIONS
         ]
 
-    def _operand_bytes(self, computation: str, step: Instruction) -> int:
+    def _summed_bytes(self, computation: str, step: Instruction) -> int:
+        """Of what goes in or, where bfloat16 is summed in float32, of what comes out."""
         steps = self._computations[computation]
-        return sum(hlo.size_of(steps[name].shape) for name in step.operands)
+        given = sum(hlo.size_of(steps[name].shape) for name in step.operands)
+        return max(given, hlo.size_of(step.shape))
 
     def cycles(self, of: str = "") -> float:
         """Returns the compiler's estimate of the clock cycles of all instructions but collectives.
