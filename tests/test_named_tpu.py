@@ -30,6 +30,11 @@ def refusal(*arguments):
     return str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["Local", "127.0.0.1:8470", "a/b", "tpu "])
+def test_what_is_no_name_is_not_looked_for(name):
+    assert "or addresses such as grpc://10.0.0.2:8470" in refusal(name, *PLACE)
+
+
 def test_a_tpu_is_found_with_all_of_its_workers(cloud):  # noqa: F811
     more = {"acceleratorType": "v3-32", "runtimeVersion": "tpu-vm-tf-2.20.0-pod-pjrt"}
     cloud.add_node("pod", "READY", workers=4, health="HEALTHY", **more)

@@ -5,6 +5,7 @@ It is looked up before TensorFlow is asked to connect, which can hardly tell one
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 
 from tpu import local_tpu, tpu_servers
@@ -69,7 +70,13 @@ def find(name: str, zone: str = "", project: str = "") -> Node:
       Fault: it cannot be asked or knows no such TPU.
     """
     from tpu.cloud_errors import CloudError, NotFoundError
+    from tpu.cloud_flags import NAME
 
+    if not re.fullmatch(NAME, name):
+        raise Fault(
+            "expected local, a name such as my-tpu-1, or addresses such as grpc://10.0.0.2:8470",
+            "Check: `python -m tpu.cloud list --help`",
+        )
     _check_credentials_file()
     zone, project = _place(zone, project)
     try:

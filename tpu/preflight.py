@@ -166,9 +166,9 @@ class StepReport:
         bound = self.bound
         total = bound.total
         return [
-            f"Memory: {memory.total / GIB:.3g} of {self.where.hbm_bytes / GIB:.3g} GiB a device: "
-            f"{memory.arguments / GIB:.3g} variables and input, {memory.temporaries / GIB:.3g} temporaries, "
-            f"{memory.code / GIB:.3g} program, {(memory.outputs - memory.aliases) / GIB:.3g} output",
+            f"Memory: {_gib(memory.total)} of {_gib(self.where.hbm_bytes)} GiB a device: "
+            f"{_gib(memory.arguments)} variables and input, {_gib(memory.temporaries)} temporaries, "
+            f"{_gib(memory.code)} program, {_gib(memory.outputs - memory.aliases)} output",
             f"In place: {self.in_place_bytes:,} of {self.state_bytes:,} bytes of variables",
             f"Arithmetic of a device and update: {program.matmul_flops / 1e12:.4g} TFLOP in matrix products, "
             f"{self.flops_ratio:.2%} of the model's {self.model_flops / 1e12:.4g}; "
@@ -180,6 +180,10 @@ class StepReport:
         ]
 
 
+def _gib(size: int) -> str:
+    return f"{round(size / GIB, 4):.3g}"
+
+
 def _describe(sums: Sequence[AllReduce]) -> str:
     """One part for all sums over as many devices that are made as often."""
     kinds = dict.fromkeys((each.devices, each.times) for each in sums)
@@ -187,8 +191,8 @@ def _describe(sums: Sequence[AllReduce]) -> str:
         kind: [each.size for each in sums if (each.devices, each.times) == kind] for kind in kinds
     }
     return "; ".join(
-        f"{sum(sizes):,} bytes in {len(sizes)} over {devices or 'all'} devices, {times:g} time"
-        f"{'' if times == 1 else 's'} an update"
+        f"{sum(sizes):,} bytes in {len(sizes)} over {devices or 'all'} devices, "
+        f"{'once' if times == 1 else f'{times:g} times'} an update"
         for (devices, times), sizes in alike.items()
     )
 
