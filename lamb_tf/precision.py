@@ -6,9 +6,9 @@ rates. Two remedies: remember what rounding cut off (compensated, Kahan's summat
 or down at random so that the mean is right (stochastic).
 """
 
-import math
-
 import tensorflow as tf
+
+from lamb_tf.element_hash import mix, places
 
 ROUNDINGS = ("compensated", "stochastic", "nearest")
 # Bits that a float32 loses in its significand.
@@ -64,31 +64,11 @@ def round_stochastically(x: tf.Tensor, dtype: tf.DType, seed: tf.Tensor) -> tf.T
     return _cut(x, dtype, tf.cast(noise, tf.int32))
 
 
-def _mix(words: tf.Tensor) -> tf.Tensor:
-    """Returns a hash of each of the uint32 words; "lowbias32" of Wellons' hash prospector."""
-    xor, shift = tf.bitwise.bitwise_xor, tf.bitwise.right_shift
-    sixteen, fifteen = tf.constant(16, tf.uint32), tf.constant(15, tf.uint32)
-    words = xor(words, shift(words, sixteen)) * tf.constant(0x7FEB352D, tf.uint32)
-    words = xor(words, shift(words, fifteen)) * tf.constant(0x846CA68B, tf.uint32)
-    return xor(words, shift(words, sixteen))
-
-
 def _random_words(shape: tf.TensorShape, seed: tf.Tensor) -> tf.Tensor:
-    """Returns a uint32 for each element, a hash of the seed and of its place.
-
-    XLA computes it where it is used, in no time. A generator of TensorFlow's would write its
-    numbers to memory first, with copies: on a TPU 20 times the traffic of the update itself.
-    """
+    """Returns a uint32 for each element, a hash of the seed and of its place."""
     odd = tf.constant([0x9E3779B9, 0x85EBCA6B], tf.uint32)
     key = tf.reduce_sum(tf.cast(seed, tf.uint32) * odd)
-    # The key comes first: XLA would turn the places alone into a constant, and read that. Axis
-    # after axis: a reshape of flat places would move data on a TPU.
-    place = key
-    for axis in range(len(shape)):
-        stride = tf.constant(math.prod(shape[axis + 1 :]) % 2**32, tf.uint32)
-        along = tf.cast(tf.range(shape[axis]), tf.uint32) * stride
-        place = place + tf.reshape(along, [-1] + [1] * (len(shape) - 1 - axis))
-    return _mix(tf.bitwise.bitwise_xor(_mix(place), key))
+    return mix(tf.bitwise.bitwise_xor(mix(places(shape, key)), key))
 
 
 def widen(param: tf.Tensor, residual: tf.Tensor | None) -> tf.Tensor:

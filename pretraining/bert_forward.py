@@ -7,26 +7,15 @@ matrix, not over two axes. Dropout is a hash of (key, layer, position): no state
 in time, where TensorFlow's generator took 7% of a step.
 """
 
-import math
 from typing import Any
 
 import tensorflow as tf
 import tf_keras
 
+from lamb_tf.element_hash import mix, places
+
 NORM_EPSILON = 1e-12  # of every layer norm in tf-models' BERT
 MASKED = -1e9
-
-
-def mix(words: tf.Tensor) -> tf.Tensor:
-    """Returns a hash of each of the uint32 words; "lowbias32" of Wellons' hash prospector."""
-    u, xor, shift = (
-        (lambda v: tf.constant(v, tf.uint32)),
-        tf.bitwise.bitwise_xor,
-        tf.bitwise.right_shift,
-    )
-    words = xor(words, shift(words, u(16))) * u(0x7FEB352D)
-    words = xor(words, shift(words, u(15))) * u(0x846CA68B)
-    return xor(words, shift(words, u(16)))
 
 
 def dropout_key(seed: int, step: tf.Tensor, stream: tf.Tensor) -> tf.Tensor:
@@ -50,14 +39,8 @@ class Dropout:
         if self._key is None or not rate:
             return x
         key = mix(tf.bitwise.bitwise_xor(self._key, tf.constant(self._layer, tf.uint32)))
-        # A hash of the element's place in the array plus the key. The place is a sum over axes, so that
-        # no array of places is part of the program: for BERT-Large they were gigabytes. An odd
-        # factor keeps places apart; keys shift them, and `mix` leaves nothing of either.
-        words = key
-        for axis, size in enumerate(x.shape):
-            step = math.prod(x.shape[axis + 1 :]) * 0x9E3779B9 % 2**32
-            along = tf.cast(tf.range(size), tf.uint32) * tf.constant(step, tf.uint32)
-            words += tf.reshape(along, [size] + [1] * (x.shape.rank - axis - 1))
+        # An odd factor keeps places apart; keys shift them, and `mix` leaves nothing of either.
+        words = places(x.shape, key, 0x9E3779B9)
         keep = mix(words) >= tf.constant(round(rate * 2**32), tf.uint32)
         return tf.where(keep, x / (1.0 - rate), tf.zeros([], x.dtype))
 

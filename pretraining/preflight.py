@@ -33,16 +33,15 @@ def run(config: Config) -> int:
     name = f"preflight-{where.name}.json"
     bert = bert_of(config)
     vocab_size = vocab_size_of(config, bert)
-    try:
-        if not config.dry_run:
-            topology_devices(where)  # that there is a compiler, before anything that takes time
-    except CompileError as error:
-        raise InputError(f"--preflight={where.name}: {error}") from None
-    plans = plan_phases(config, where.num_devices, where.hbm_bytes, bert, vocab_size)
     price = config.price_per_chip_hour or None
     if config.dry_run:
         pod_plan_output.say(plan_pod(config, bert, vocab_size, where, price_per_chip_hour=price))
         return 0
+    try:
+        topology_devices(where)  # that there is a compiler, before anything that takes time
+    except CompileError as error:
+        raise InputError(f"--preflight={where.name}: {error}") from None
+    plans = plan_phases(config, where.num_devices, where.hbm_bytes, bert, vocab_size)
     directory.create()
     console.say(
         f"Preflight for {where.name}: {where.num_chips} {where.chip.name} chips, {where.num_devices} devices; "

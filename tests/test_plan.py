@@ -196,20 +196,24 @@ def test_plan_is_said_and_written(capsys):
     assert "money" not in capsys.readouterr().out
 
 
-@needs_compiler
-@pytest.mark.parametrize("optimizer", ["lamb", "lars", "momentum"])
-def test_bytes_of_an_update_are_the_compilers(optimizer):
+def compiled_update(optimizer, shape):
+    """The program of one variable's update on a v3."""
     from tpu.compiler import compile_step
 
-    shape = [2048, 1024]
-    built = build_optimizer(Config.of_flags(optimizer=optimizer))
     variable = tf.Variable(tf.zeros(shape), name="kernel")
-    built.build([variable])
-    program = compile_step(
-        lambda gradient: built.apply_gradients([(gradient, variable)]),
+    optimizer.build([variable])
+    return compile_step(
+        lambda gradient: optimizer.apply_gradients([(gradient, variable)]),
         [tf.TensorSpec(shape, tf.float32)],
         parse_slice("v3-8"),
     )
+
+
+@needs_compiler
+@pytest.mark.parametrize("optimizer", ["lamb", "lars", "momentum"])
+def test_bytes_of_an_update_are_the_compilers(optimizer):
+    built = build_optimizer(Config.of_flags(optimizer=optimizer))
+    program = compiled_update(built, [2048, 1024])
     # Every scalar counts as a kilobyte, which is the 0.12.
     expected = pytest.approx(pod_plan.UPDATE_BYTES[optimizer], abs=0.12)
     assert program.bytes_accessed / 2**21 == expected
@@ -217,17 +221,9 @@ def test_bytes_of_an_update_are_the_compilers(optimizer):
 
 @needs_compiler
 def test_bfloat16_moments_save_their_traffic_on_a_tpu():
-    from tpu.compiler import compile_step
-
-    shape = [1024, 16, 64]  # three axes: the noise of the rounding must not be reshaped
     optimizer = LAMB(1e-3, weight_decay=0.01, moment_dtype="bfloat16")
-    variable = tf.Variable(tf.zeros(shape), name="kernel")
-    optimizer.build([variable])
-    program = compile_step(
-        lambda gradient: optimizer.apply_gradients([(gradient, variable)]),
-        [tf.TensorSpec(shape, tf.float32)],
-        parse_slice("v3-8"),
-    )
+    # Three axes: the noise of the rounding must not be reshaped.
+    program = compiled_update(optimizer, [1024, 16, 64])
     # Reads g, m, v, p, writes m, v; then reads m, v, p, writes p. Scalars are what is left.
     assert program.bytes_accessed / 2**20 == pytest.approx(28, abs=0.5)
     assert program.memory.aliases / 2**20 == pytest.approx(8, abs=0.1)  # in place
